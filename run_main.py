@@ -1,0 +1,567 @@
+"""Trains a variational autoencoder on MNIST and shows what it learned: flags, training, pictures.
+
+`python run_main.py --help` lists the flags. What a run leaves behind is in its results folder.
+"""
+
+import argparse
+import contextlib
+import csv
+import io
+import itertools
+import json
+import math
+import os
+import platform
+import signal
+import sys
+import tempfile
+import threading
+import time
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+
+import mnist_data
+
+LEARN_RATE = {"sgd": 0.03, "adam": 0.002}  # at the start; see make_optimizer
+EVALUATION_EPOCH = 0  # training counts its epochs from 1, so its random numbers are others
+EVALUATION_BLOCK = 1_000  # images at a time; divides the numbers of validation and test digits
+UPDATES_PER_EPOCH = 10  # of the progress bar
+
+
+class UserError(Exception):
+    """What a user can do something about; the message is one line that says what."""
+
+    status = 1
+
+
+class FlagError(UserError):
+    """A flag's value that the disk has something against."""
+
+    status = 2
+
+
+# --- flags -------------------------------------------------------------------------------------------
+
+
+def whole(low, high=2**31 - 1):
+    """Returns an argparse type: a whole number from low to high."""
+
+    def parse(text):
+        with contextlib.suppress(ValueError):
+            if low <= int(text) <= high:
+                return int(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low} to {high}")
+
+    return parse
+
+
+def real(low, high=math.inf):
+    """Returns an argparse type: a finite number greater than low and at most high."""
+
+    def parse(text):
+        with contextlib.suppress(ValueError):
+            if low < float(text) <= high and math.isfinite(float(text)):
+                return float(text)
+        limit = "" if high == math.inf else f" and at most {high}"
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number greater than {low}{limit}")
+
+    return parse
+
+
+def switch(text):
+    """An argparse type: True or False."""
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+    return text.lower() == "true"
+
+
+def folder(text):
+    """An argparse type: the path of a folder."""
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is not the name of a folder")
+    return Path(text)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser that says what is wrong in one line."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+def parse_flags(arguments=None):
+    """Returns the flags, checked together. Wrong ones end the program with status 2 and one line."""
+    parser = OneLineParser(description="Trains a variational autoencoder on MNIST.", allow_abbrev=False)
+
+    def add(group, *names, default=None, help, **more):
+        shown = "" if default is None else " (default: %(default)s)"
+        group.add_argument(*names, default=default, help=help + shown, **more)
+
+    def add_switch(group, *names, default=None, help):
+        add(
+            group,
+            *names,
+            default=default,
+            help=help,
+            type=switch,
+            nargs="?",
+            const=True,
+            metavar="True|False",
+        )
+
+    group = parser.add_argument_group("model")
+    add(group, "--dim_z", type=whole(1, 10_000), default=2, help="length of a latent vector")
+    add(group, "--n_hidden", type=whole(1, 100_000), default=500, help="units of a hidden layer")
+    add(group, "--keep_prob", type=real(0, 1), default=0.9, help="chance that dropout keeps a unit")
+
+    group = parser.add_argument_group("training")
+    rates = ", ".join(f"{rate} for {name}" for name, rate in LEARN_RATE.items())
+    add(group, "--optimizer", choices=LEARN_RATE, default="sgd", help="what follows the gradients")
+    add(group, "--learn_rate", type=real(0), help=f"rate at the start; it decays to 0 (default: {rates})")
+    add(group, "--num_epochs", type=whole(1), default=20, help="times to go through the training digits")
+    add(group, "--batch_size", type=whole(1, mnist_data.N_TRAIN), default=128, help="digits a step")
+    add(group, "--seed", type=whole(0), default=0, help="all random numbers are a function of it")
+
+    group = parser.add_argument_group("data")
+    add(group, "--data_dir", type=folder, default="data", help="MNIST's folder; what it lacks is downloaded")
+    add_switch(group, "--add_noise", default=False, help="learn to restore digits from salt-and-pepper noise")
+    noise = "chance that --add_noise replaces a pixel, by black or white at even odds"
+    add(group, "--noise_level", type=real(0, 1), default=0.5, help=noise)
+
+    def add_grid(group, short, long, n_img):
+        names = {
+            suffix: [f"--{name}_{suffix}" for name in (short, long)] for suffix in ("n_img_x", "n_img_y")
+        }
+        add(group, *names["n_img_x"], type=whole(1, 1_000), default=n_img, help="digits from left to right")
+        add(group, *names["n_img_y"], type=whole(1, 1_000), default=n_img, help="digits from top to bottom")
+        names = [f"--{name}_resize_factor" for name in (short, long)]
+        add(group, *names, type=real(0, 100), default=1.0, help="size of a digit, as a multiple of 28 pixels")
+
+    group = parser.add_argument_group("plot of reconstructions")
+    add_switch(group, "--PRR", "--plot_reconstruction", default=True, help="draw test digits, in and out")
+    add_grid(group, "PRR", "plot_reconstruction", 10)
+
+    group = parser.add_argument_group("plot of the manifold")
+    help = "draw the latent plane, decoded and as a map (default: where --dim_z is 2)"
+    add_switch(group, "--PMLR", "--plot_manifold", help=help)
+    add_grid(group, "PMLR", "plot_manifold", 20)
+    names = ("--PMLR_z_range", "--plot_manifold_z_range")
+    add(group, *names, type=real(0, 8), default=2.0, help="the manifold shows z from minus this to this")
+    names = ("--PMLR_n_samples", "--plot_manifold_n_samples")
+    add(group, *names, type=whole(1), default=5_000, help="test digits on the map")
+
+    group = parser.add_argument_group("run")
+    help = "folder for what the run leaves behind (default: the next free one of results/run1, run2, ...)"
+    add(group, "--results_path", type=folder, help=help)
+
+    flags = parser.parse_args(arguments)
+    flags.learn_rate = flags.learn_rate or LEARN_RATE[flags.optimizer]
+    if flags.PMLR is None:
+        flags.PMLR = flags.dim_z == 2
+
+    if flags.PMLR and flags.dim_z != 2:
+        parser.error(f"--PMLR draws a plane, and --dim_z is {flags.dim_z}: leave it out or take --dim_z 2")
+    if flags.noise_level != parser.get_default("noise_level") and not flags.add_noise:
+        parser.error(f"--noise_level {flags.noise_level} does nothing without --add_noise")
+    for name, count in (
+        ("--PRR_n_img_x times --PRR_n_img_y", flags.PRR_n_img_x * flags.PRR_n_img_y),
+        ("--PMLR_n_samples", flags.PMLR_n_samples),
+    ):
+        if count > mnist_data.N_TEST:
+            parser.error(f"{name} is {count}, more than the {mnist_data.N_TEST} test digits: take fewer")
+    for plot in ("PRR", "PMLR"):
+        digits = max(getattr(flags, f"{plot}_n_img_x"), getattr(flags, f"{plot}_n_img_y"))
+        side = 28 * digits * getattr(flags, f"{plot}_resize_factor")
+        if not digits <= side <= 10_000:
+            parser.error(
+                f"--{plot}_resize_factor and --{plot}_n_img make a picture {side:.0f} pixels wide or high:"
+                f" it may have 10000, and every digit needs one"
+            )
+    return flags
+
+
+# --- the screen and the results folder ---------------------------------------------------------------
+
+
+class Console:
+    """Lines on standard output and, on a terminal, a moving bar below them."""
+
+    def __init__(self):
+        self.terminal = sys.stdout.isatty()
+
+    def line(self, text, file=None):
+        """Prints a line, on standard output if no file is given, in place of the bar."""
+        if self.terminal:
+            print("\r\033[K", end="", flush=True)
+        print(text, file=file, flush=True)
+
+    def bar(self, what, done, total):
+        """Shows how much is done of a total, which may be unknown: None."""
+        if self.terminal:
+            share = f"[{'#' * (30 * done // total):30}] {done / total:4.0%}" if total else f"{done:,} bytes"
+            print(f"\r\033[K{what} {share}", end="", flush=True)
+
+
+def take_folder(results_path):
+    """Returns the folder for a run's results: the given one, or else the next free results/runN.
+
+    Raises FlagError if the given one holds a run already, or if it cannot be written.
+    """
+    folder = results_path or Path("results", "run1")
+    try:
+        if results_path:
+            folder.mkdir(parents=True, exist_ok=True)
+        else:
+            folder.parent.mkdir(exist_ok=True)
+            folder = next(filter(None, map(take_numbered, itertools.count(1))))
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        problem = f"--results_path {folder} cannot be written: {mnist_data.reason(error)}"
+        raise FlagError(f"{problem}; name another folder") from error
+    if (folder / "config.json").exists():
+        raise FlagError(f"--results_path {folder} holds a run already; name another folder")
+    return folder
+
+
+def take_numbered(n):
+    """Creates results/runN and returns it, or None if another run has it."""
+    folder = Path("results", f"run{n}")
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        return None
+    return folder
+
+
+def write_json(path, content):
+    """Writes a dictionary to a JSON file, whole or not at all."""
+    mnist_data.write_whole(path, (json.dumps(content, indent=2, default=str) + "\n").encode())
+
+
+def write_log(path, history):
+    """Writes one dictionary an epoch to a CSV file, whole or not at all."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, history[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(history)
+    mnist_data.write_whole(path, text.getvalue().encode())
+
+
+def configuration(flags):
+    """Returns what a run depends on: flags, versions and data."""
+    packages = ("tensorflow", "keras", "numpy", "scipy", "matplotlib")
+    return {
+        "flags": vars(flags),
+        "seed": flags.seed,
+        "versions": {"python": platform.python_version()}
+        | {name: metadata.version(name) for name in packages},
+        "data_sha256": mnist_data.SHA256,
+    }
+
+
+# --- training and evaluation -------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def quiet_stderr():
+    """Holds back what native libraries write to standard error; shows it after all if there is an error."""
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            held.seek(0)
+            os.write(stderr, held.read())
+            raise
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+
+
+def import_tensorflow():
+    """Imports TensorFlow without its start-up messages. It takes seconds: not before the flags are right."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # errors only
+    with quiet_stderr():
+        import tensorflow as tf
+
+        tf.config.list_physical_devices()  # says what it misses where there is no GPU
+    return tf
+
+
+def make_optimizer(flags, n_steps):
+    """Returns the Keras optimizer with its rate decaying to 0 over n_steps, along a half cosine."""
+    from tensorflow import keras
+
+    rate = keras.optimizers.schedules.CosineDecay(flags.learn_rate, n_steps)
+    if flags.optimizer == "adam":
+        return keras.optimizers.Adam(rate)
+    # In the first epochs the gradients' norms run from 4 (the decoder's first layer) to 50 (the latent
+    # layer), and one rate for all wastes one or ruins the other. Clipping each weight matrix and bias
+    # vector to norm 1 on its own evens that out: -141.7 nats where clipping all together gives -148.
+    return keras.optimizers.SGD(rate, momentum=0.98, nesterov=True, clipnorm=1.0)
+
+
+def pixels(images):
+    """Returns uint8 images as float32 in [0, 1]."""
+    import tensorflow as tf
+
+    return tf.cast(images, tf.float32) / 255
+
+
+def observed(x, flags, seed):
+    """Returns what the encoder sees of images x: (batch, 784)."""
+    import vae
+
+    return vae.salt_and_pepper(x, flags.noise_level, seed) if flags.add_noise else x
+
+
+def make_train_steps(network, optimizer, flags):
+    """Returns the function that trains: stochastic gradient descent on the negative ELBO."""
+    import tensorflow as tf
+
+    @tf.function(jit_compile=True)
+    def train_steps(images, batches, epoch, first, last):
+        """Takes the steps from `first` to before `last` of an epoch.
+
+        images: (n, 784) uint8; batches: (steps, batch) indices of images; the others are integers.
+        Returns the sum over the steps of reconstruction error and KL divergence, nats per image: (2,).
+        """
+        total = tf.zeros(2)
+        step = first
+        while step < last:  # XLA compiles `for step in tf.range(first, last)` anew for other bounds
+            seed = tf.random.fold_in(tf.stack([flags.seed, epoch]), step)
+            x = pixels(tf.gather(images, batches[step]))
+            with tf.GradientTape() as tape:
+                terms = network.negative_elbo(x, observed(x, flags, seed), seed, flags.keep_prob)
+                reconstruction, kl = (tf.reduce_mean(term) for term in terms)
+                loss = reconstruction + kl
+            weights = network.trainable_variables
+            optimizer.apply_gradients(zip(tape.gradient(loss, weights), weights, strict=True))
+            total += tf.stack([reconstruction, kl])
+            step += 1
+        return total
+
+    return train_steps
+
+
+def make_evaluate(network, flags):
+    """Returns the function that estimates the ELBO, without dropout and with one draw of z an image."""
+    import tensorflow as tf
+
+    @tf.function(jit_compile=True)
+    def block_terms(images, block):
+        seed = tf.random.fold_in(tf.stack([flags.seed, EVALUATION_EPOCH]), block)
+        x = pixels(images)
+        return [tf.reduce_mean(term) for term in network.negative_elbo(x, observed(x, flags, seed), seed)]
+
+    def evaluate(images):
+        """Returns {elbo, reconstruction, kl}, nats per image, of images (n, 784) uint8."""
+        blocks = images.reshape(-1, EVALUATION_BLOCK, images.shape[1])
+        terms = [block_terms(tf.constant(block), tf.constant(i)) for i, block in enumerate(blocks)]
+        return elbo_terms(*np.mean(terms, axis=0))
+
+    return evaluate
+
+
+def elbo_terms(reconstruction, kl):
+    """Returns the ELBO and its two terms by name, as Python floats."""
+    return {"elbo": -float(reconstruction + kl), "reconstruction": float(reconstruction), "kl": float(kl)}
+
+
+def check_finite(row, flags):
+    """Raises UserError if one of an epoch's numbers is NaN or infinite."""
+    for name, value in row.items():
+        if not math.isfinite(value):
+            rate = f"try a --learn_rate below {flags.learn_rate:g}"
+            raise UserError(
+                f"training left the numbers in epoch {row['epoch']}, where {name} is {value}: {rate}"
+            )
+
+
+def shuffled_batches(n_images, epoch, flags):
+    """Returns an epoch's batches, (steps, batch) indices of images.
+
+    Images that do not fill a last batch are left out, others in every epoch.
+    """
+    import tensorflow as tf
+
+    n_steps = n_images // flags.batch_size
+    order = tf.random.experimental.stateless_shuffle(tf.range(n_images), [flags.seed, epoch])
+    return tf.reshape(order[: n_steps * flags.batch_size], (n_steps, flags.batch_size))
+
+
+def train_epoch(train_steps, images, epoch, flags, console, interrupted):
+    """Goes through the training images (n, 784) once; returns {elbo, reconstruction, kl}.
+
+    They are means over the epoch, with dropout, while the weights move. Raises UserError as soon as a
+    loss is not finite, and KeyboardInterrupt once the event `interrupted` is set.
+    """
+    import tensorflow as tf
+
+    batches = shuffled_batches(len(images), epoch, flags)
+    total = np.zeros(2)
+    pieces = np.linspace(0, len(batches), UPDATES_PER_EPOCH + 1).astype(np.int32)
+    for first, last in itertools.pairwise(pieces):
+        console.bar(f"epoch {epoch}/{flags.num_epochs}", first, len(batches))
+        total += train_steps(images, batches, *map(tf.constant, (epoch, first, last))).numpy()
+        check_finite({"epoch": epoch, "loss": total.sum()}, flags)
+        if interrupted.is_set():
+            raise KeyboardInterrupt
+    return elbo_terms(*total / len(batches))
+
+
+@contextlib.contextmanager
+def deferred_interrupt():
+    """Yields an event that the first Ctrl-C sets, so that what is being written is written whole."""
+    interrupted = threading.Event()
+
+    def interrupt(*_):
+        interrupted.set()
+        signal.signal(signal.SIGINT, previous)
+
+    previous = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def train(network, evaluate, data, flags, folder, console):
+    """Trains the network for all epochs; keeps the folder's log and pictures at the newest of them.
+
+    Returns the pictures' paths. Ctrl-C ends it with KeyboardInterrupt and a line that says what is there.
+    """
+    import tensorflow as tf
+
+    optimizer = make_optimizer(flags, flags.num_epochs * (len(data.train_images) // flags.batch_size))
+    optimizer.build(network.trainable_variables)
+    train_steps = make_train_steps(network, optimizer, flags)
+    images = tf.constant(data.train_images)
+    history = []
+    start = time.perf_counter()
+    with deferred_interrupt() as interrupted:
+        try:
+            for epoch in range(1, flags.num_epochs + 1):
+                row = {"epoch": epoch}
+                learn_rate = float(optimizer.learning_rate)
+                epoch_start = time.perf_counter()
+                terms = train_epoch(train_steps, images, epoch, flags, console, interrupted)
+                seconds = time.perf_counter() - epoch_start
+                row |= {f"train_{name}": value for name, value in terms.items()}
+                row |= {f"valid_{name}": value for name, value in evaluate(data.valid_images).items()}
+                row |= {"learn_rate": learn_rate, "seconds": round(seconds, 3)}
+                check_finite(row, flags)
+                history.append(row)
+                write_log(folder / "log.csv", history)
+                pictures = draw_pictures(network, data, flags, history, folder)
+                left = (time.perf_counter() - start) / epoch * (flags.num_epochs - epoch)
+                console.line(progress_line(row, flags, left))
+        except KeyboardInterrupt:
+            done = f"the log and pictures of {len(history)} finished epochs are in {folder}"
+            console.line(f"interrupted in epoch {epoch}: {done if history else 'none was finished'}")
+            raise
+    return pictures
+
+
+def progress_line(row, flags, left):
+    """Returns the line that sums an epoch up, with the seconds left."""
+
+    def terms(part):
+        elbo, reconstruction, kl = (row[f"{part}_{name}"] for name in ("elbo", "reconstruction", "kl"))
+        return f"{elbo:8.2f} = -({reconstruction:6.2f} + {kl:5.2f})"
+
+    epoch = f"{row['epoch']:{len(str(flags.num_epochs))}}/{flags.num_epochs}"
+    left = f"{left // 60:.0f}:{left % 60:02.0f}"
+    seconds = f"{row['seconds']:.1f} s, {left} left"
+    return f"epoch {epoch}  training {terms('train')}  validation {terms('valid')}  {seconds}"
+
+
+# --- results -----------------------------------------------------------------------------------------
+
+
+def decode(network, z):
+    """Returns the images (n, 784), the pixels' probabilities, that latent vectors z (n, dim_z) stand for."""
+    import tensorflow as tf
+
+    return tf.sigmoid(network.bernoulli_decoder(tf.constant(z, tf.float32))).numpy()
+
+
+def draw_pictures(network, data, flags, history, folder):
+    """Draws every picture of the network's state into the folder; returns their paths."""
+    import tensorflow as tf
+
+    import plot_utils
+
+    seed = [flags.seed, EVALUATION_EPOCH]
+    grid = (flags.PRR_n_img_x, flags.PRR_n_img_y, flags.PRR_resize_factor)
+    n_digits = flags.PRR_n_img_x * flags.PRR_n_img_y
+    pictures = {}
+    if flags.PRR:
+        x = pixels(data.test_images[:n_digits])
+        seen = observed(x, flags, seed)
+        pictures["input"] = plot_utils.image_grid(x.numpy(), *grid)
+        if flags.add_noise:
+            pictures["input_noise"] = plot_utils.image_grid(seen.numpy(), *grid)
+        mean, _ = network.gaussian_encoder(seen)
+        pictures["reconstruction"] = plot_utils.image_grid(decode(network, mean), *grid)
+    if flags.PMLR:
+        z_x, z_y = plot_utils.manifold_axes(flags.PMLR_n_img_x, flags.PMLR_n_img_y, flags.PMLR_z_range)
+        z = np.stack(np.meshgrid(z_x, z_y), axis=-1).reshape(-1, 2)
+        pictures["manifold"] = plot_utils.manifold(decode(network, z), z_x, z_y, flags.PMLR_resize_factor)
+        x = pixels(data.test_images[: flags.PMLR_n_samples])
+        mean, _ = network.gaussian_encoder(observed(x, flags, seed))
+        pictures["latent_map"] = plot_utils.latent_map(mean.numpy(), data.test_labels[: flags.PMLR_n_samples])
+    z = tf.random.stateless_normal((n_digits, flags.dim_z), seed)
+    pictures["samples"] = plot_utils.image_grid(decode(network, z), *grid)
+    curves = ([row[f"{part}_elbo"] for row in history] for part in ("train", "valid"))
+    pictures["elbo"] = plot_utils.elbo_curves(*curves)
+    for name, png in pictures.items():
+        mnist_data.write_whole(folder / f"{name}.png", png)
+    return [folder / f"{name}.png" for name in pictures]
+
+
+def run(flags, console):
+    """Does what the flags ask for, from the data to the pictures."""
+    folder = take_folder(flags.results_path)
+    try:
+        console.line(f"{folder}: dim_z {flags.dim_z}, {flags.num_epochs} epochs of {flags.optimizer}")
+        data = mnist_data.load_mnist(flags.data_dir, console)
+    except BaseException:
+        with contextlib.suppress(OSError):  # not empty: it was there before
+            folder.rmdir()
+        raise
+    write_json(folder / "config.json", configuration(flags))
+    console.line("loading TensorFlow")
+    import_tensorflow()
+    import vae
+
+    network = vae.VAE(flags.dim_z, flags.n_hidden, data.train_images.mean(axis=0) / 255, flags.seed)
+    evaluate = make_evaluate(network, flags)
+    pictures = train(network, evaluate, data, flags, folder, console)
+    test = evaluate(data.test_images)
+    write_json(folder / "metrics.json", {f"test_{name}": value for name, value in test.items()})
+    console.line("test ELBO {elbo:.2f} = -({reconstruction:.2f} + {kl:.2f}) nats per image".format(**test))
+    for path in pictures:
+        console.line(f"  {path}")
+
+
+def main(arguments=None):
+    """Runs the program; returns its exit status."""
+    flags = parse_flags(arguments)
+    console = Console()
+    try:
+        run(flags, console)
+    except KeyboardInterrupt:
+        return 130
+    except (UserError, mnist_data.DataError, OSError) as error:
+        console.line(f"run_main.py: error: {error}", file=sys.stderr)
+        return getattr(error, "status", 1)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

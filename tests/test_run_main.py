@@ -1,0 +1,363 @@
+"""The program: flags, training, what a run leaves behind, and how it ends."""
+
+import csv
+import json
+import math
+import os
+import pty
+import signal
+import sys
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+import mnist_data
+import run_main
+
+FLAGS = ["--n_hidden", "64", "--batch_size", "500"]  # small enough that a real run takes seconds
+
+
+@pytest.fixture
+def without_tensorflow(tmp_path):
+    """An environment in which importing TensorFlow fails."""
+    (tmp_path / "trap").mkdir()
+    (tmp_path / "trap" / "tensorflow.py").write_text("raise SystemExit('TensorFlow was imported')")
+    return os.environ | {"PYTHONPATH": str(tmp_path / "trap")}
+
+
+def read_log(folder):
+    with (folder / "log.csv").open() as file:
+        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+
+
+def few(mnist, n_train):
+    """Returns the real MNIST with fewer training and validation digits."""
+    return mnist._replace(train_images=mnist.train_images[:n_train], valid_images=mnist.valid_images[:1_000])
+
+
+# --- flags -------------------------------------------------------------------------------------------
+
+
+def test_help_answers_without_tensorflow(program, without_tensorflow):
+    run = program("--help", env=without_tensorflow)
+    out, err = run.communicate()
+    assert (run.returncode, err) == (0, "")
+    for flag in ("--dim_z", "--PRR_n_img_x", "--plot_manifold_z_range", "--learn_rate"):
+        assert flag in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--dim_z 0", ["--dim_z", "'0'", "from 1"]),
+        ("--dim_z 2.5", ["--dim_z", "'2.5'", "whole number"]),
+        ("--n_hidden many", ["--n_hidden", "'many'"]),
+        ("--keep_prob 0", ["--keep_prob", "'0'", "greater than 0", "at most 1"]),
+        ("--keep_prob 1.1", ["--keep_prob", "'1.1'"]),
+        ("--learn_rate nan", ["--learn_rate", "'nan'"]),
+        ("--learn_rate 1e400", ["--learn_rate", "'1e400'", "finite"]),
+        ("--learn_rate -1", ["--learn_rate", "'-1'"]),
+        ("--num_epochs -1", ["--num_epochs", "'-1'"]),
+        ("--batch_size 55001", ["--batch_size", "'55001'", "55000"]),
+        ("--seed -1", ["--seed", "'-1'", "from 0"]),
+        ("--optimizer rmsprop", ["--optimizer", "'rmsprop'", "sgd", "adam"]),
+        ("--PMLR Yes", ["--PMLR", "'Yes'", "True"]),
+        ("--PMLR True --dim_z 3", ["--PMLR", "--dim_z is 3"]),
+        ("--plot_manifold --dim_z 3", ["--PMLR", "--dim_z is 3"]),
+        ("--PRR_n_img_x 101 --PRR_n_img_y 100", ["--PRR_n_img_x", "10100", "10000"]),
+        ("--PMLR_n_samples 10001", ["--PMLR_n_samples", "10001", "10000"]),
+        ("--PMLR_resize_factor 50", ["--PMLR_resize_factor", "28000"]),
+        ("--PRR_resize_factor 0.01", ["--PRR_resize_factor"]),
+        ("--noise_level 0.3", ["--noise_level 0.3", "--add_noise"]),
+        ("--add_noise --noise_level 1.5", ["--noise_level", "'1.5'"]),
+        ("--results_path=", ["--results_path", "folder"]),
+        ("--dim", ["--dim"]),
+        ("--epochs 3", ["--epochs"]),
+    ],
+)
+def test_wrong_flags_are_one_line_without_tensorflow(program, without_tensorflow, tmp_path, flags, words):
+    run = program(*flags.split(), env=without_tensorflow)
+    out, err = run.communicate()
+    assert (run.returncode, out) == (2, "")
+    assert err.count("\n") == 1
+    assert err.startswith("run_main.py: error: ")
+    assert [word for word in words if word not in err] == []
+    assert [path.name for path in tmp_path.iterdir()] == ["trap"]  # nothing was loaded, written or downloaded
+
+
+def test_a_switch_takes_three_forms():
+    assert run_main.parse_flags(["--add_noise"]).add_noise is True
+    assert run_main.parse_flags(["--add_noise", "True"]).add_noise is True
+    assert run_main.parse_flags(["--add_noise", "false"]).add_noise is False
+    assert run_main.parse_flags(["--PRR", "False"]).PRR is False
+
+
+def test_the_examples_commands_are_understood():
+    for dim_z, more in (
+        (20, "--num_epochs 60"),
+        (20, "--add_noise True --num_epochs 40"),
+        (2, "--PMLR True"),
+    ):
+        flags = run_main.parse_flags(["--dim_z", str(dim_z), *more.split()])
+        assert (dim_z == 2) == flags.PMLR
+
+
+def test_long_names_are_the_short_ones():
+    long = "--plot_reconstruction False --plot_manifold_n_img_x 7 --plot_reconstruction_resize_factor 2"
+    flags = run_main.parse_flags(long.split())
+    assert (flags.PRR, flags.PMLR_n_img_x, flags.PRR_resize_factor) == (False, 7, 2.0)
+
+
+def test_the_rate_is_the_optimizers_own():
+    for optimizer, rate in run_main.LEARN_RATE.items():
+        assert run_main.parse_flags(["--optimizer", optimizer]).learn_rate == rate
+        assert run_main.parse_flags(["--optimizer", optimizer, "--learn_rate", "0.5"]).learn_rate == 0.5
+
+
+# --- training ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", run_main.LEARN_RATE)
+def test_training_on_few_digits_lowers_the_loss(mnist, tmp_path, console, optimizer):
+    import vae
+
+    flags = run_main.parse_flags(
+        [*FLAGS, "--batch_size", "50", "--num_epochs", "15", "--optimizer", optimizer]
+    )
+    data = few(mnist, 500)
+    network = vae.VAE(2, 64, data.train_images.mean(axis=0) / 255, seed=0)
+    evaluate = run_main.make_evaluate(network, flags)
+    before = evaluate(data.valid_images)["elbo"]
+    run_main.train(network, evaluate, data, flags, tmp_path, console)
+    log = read_log(tmp_path)
+    assert [row["epoch"] for row in log] == list(range(1, 16))
+    assert log[0]["train_elbo"] < log[-1]["train_elbo"] - 15
+    assert before < log[-1]["valid_elbo"] - 15
+    assert log[-1]["valid_kl"] > 1  # the latent space did not collapse
+    for row in log:
+        for part in ("train", "valid"):
+            total = -(row[f"{part}_reconstruction"] + row[f"{part}_kl"])
+            assert row[f"{part}_elbo"] == pytest.approx(total, abs=1e-4)
+    rates = [row["learn_rate"] for row in log]
+    expected = [flags.learn_rate * (1 + math.cos(math.pi * epoch / 15)) / 2 for epoch in range(15)]
+    assert rates == pytest.approx(expected, rel=1e-4)
+
+
+def test_batches_go_through_every_image_in_an_order_of_the_epoch():
+    flags = run_main.parse_flags(["--batch_size", "7"])
+    first, again, second = (run_main.shuffled_batches(30, epoch, flags).numpy() for epoch in (1, 1, 2))
+    assert first.shape == (4, 7)
+    assert len(set(first.ravel())) == 28
+    np.testing.assert_array_equal(first, again)
+    assert (first != second).any()
+    assert set(range(30)) - set(first.ravel()) != set(range(30)) - set(second.ravel())
+
+
+def test_cutting_an_epoch_into_pieces_changes_no_bit(mnist):
+    """What a step draws depends on seed, epoch and step, not on how many steps are compiled into one call."""
+    import tensorflow as tf
+
+    import vae
+
+    flags = run_main.parse_flags([*FLAGS, "--add_noise"])
+    images = tf.constant(mnist.train_images[:3_000])
+    batches = run_main.shuffled_batches(3_000, 1, flags)
+
+    def weights_after(*pieces):
+        network = vae.VAE(2, 64, mnist.train_images.mean(axis=0) / 255, seed=0)
+        optimizer = run_main.make_optimizer(flags, 6)
+        optimizer.build(network.trainable_variables)
+        train_steps = run_main.make_train_steps(network, optimizer, flags)
+        for piece in pieces:
+            train_steps(images, batches, *map(tf.constant, (1, *piece)))
+        return [weight.numpy() for weight in network.weights]
+
+    for whole, cut in zip(weights_after((0, 6)), weights_after((0, 1), (1, 4), (4, 6)), strict=True):
+        np.testing.assert_array_equal(whole, cut)
+
+
+# --- a run -------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_what_it_says(program, data_dir, mnist, tmp_path):
+    run = program("--data_dir", data_dir, "--num_epochs", 2, "--seed", 5, *FLAGS)
+    out, err = run.communicate()
+    assert (run.returncode, err) == (0, "")
+    folder = tmp_path / "results" / "run1"
+    pictures = [
+        "input.png",
+        "reconstruction.png",
+        "manifold.png",
+        "latent_map.png",
+        "samples.png",
+        "elbo.png",
+    ]
+    assert {path.name for path in folder.iterdir()} == {*pictures, "config.json", "log.csv", "metrics.json"}
+
+    config = json.loads((folder / "config.json").read_text())
+    assert config["flags"]["n_hidden"] == 64
+    assert config["seed"] == 5
+    assert config["data_sha256"] == mnist_data.SHA256
+    assert set(config["versions"]) >= {"python", "tensorflow", "numpy"}
+
+    columns = "epoch,train_elbo,train_reconstruction,train_kl,valid_elbo,valid_reconstruction,valid_kl"
+    assert (folder / "log.csv").read_text().splitlines()[0] == f"{columns},learn_rate,seconds"
+    log = read_log(folder)
+    assert len(log) == 2
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["test_elbo"] == pytest.approx(-(metrics["test_reconstruction"] + metrics["test_kl"]))
+    assert abs(metrics["test_elbo"] - log[-1]["valid_elbo"]) < 5
+
+    lines = out.splitlines()
+    epochs = [line for line in lines if line.startswith("epoch ")]
+    assert len(epochs) == 2
+    for line, row in zip(epochs, log, strict=True):
+        for name in ("train_elbo", "train_kl", "valid_elbo", "valid_reconstruction"):
+            assert f"{row[name]:.2f}" in line
+        assert "left" in line
+    assert "\r" not in out  # the bar is for terminals
+    assert f"{metrics['test_elbo']:.2f}" in lines[-7]
+    assert [line.strip() for line in lines[-6:]] == [f"results/run1/{picture}" for picture in pictures]
+
+    pixels = (255 * imread(folder / "input.png")[..., 0]).round()
+    rows = [np.hstack(mnist.test_images[10 * row : 10 * row + 10].reshape(-1, 28, 28)) for row in range(10)]
+    np.testing.assert_array_equal(pixels, np.vstack(rows))
+    reconstruction = 255 * imread(folder / "reconstruction.png")[..., 0]
+    same, transposed = (
+        np.corrcoef(reconstruction.ravel(), other.ravel())[0, 1] for other in (pixels, pixels.T)
+    )
+    assert same > 0.5 > transposed
+
+
+def test_denoising_run(program, data_dir, tmp_path):
+    flags = [
+        "--add_noise",
+        "True",
+        "--noise_level",
+        "0.4",
+        "--dim_z",
+        "5",
+        "--num_epochs",
+        "1",
+        "--results_path",
+        "out",
+    ]
+    run = program("--data_dir", data_dir, *flags, *FLAGS)
+    assert run.communicate()[1] == ""
+    assert run.returncode == 0
+    pictures = {path.name for path in (tmp_path / "out").glob("*.png")}
+    assert pictures == {"input.png", "input_noise.png", "reconstruction.png", "samples.png", "elbo.png"}
+    clean, noisy = (imread(tmp_path / "out" / name)[..., 0] for name in ("input.png", "input_noise.png"))
+    replaced = noisy != clean
+    assert set(np.unique(noisy[replaced])) == {0, 1}
+    grey = (clean > 0) & (clean < 1)
+    assert replaced[grey].mean() == pytest.approx(0.4, abs=0.02)
+
+
+def test_pictures_can_be_left_out(program, data_dir, tmp_path):
+    run = program("--data_dir", data_dir, *["--PRR", "False", "--PMLR", "False", "--num_epochs", "1"], *FLAGS)
+    run.communicate()
+    assert {path.name for path in (tmp_path / "results/run1").glob("*.png")} == {"samples.png", "elbo.png"}
+
+
+def test_a_folder_that_holds_a_run_is_refused_and_kept(program, data_dir, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").write_text("somebody's")
+    run = program("--data_dir", data_dir, "--results_path", "out")
+    out, err = run.communicate()
+    assert (run.returncode, out) == (2, "")
+    assert err.count("\n") == 1
+    assert "--results_path" in err
+    assert (tmp_path / "out" / "config.json").read_text() == "somebody's"
+
+
+def test_results_that_cannot_be_written_are_an_error_before_the_data(program, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    run = program("--data_dir", "nowhere", "--results_path", "file/out")
+    out, err = run.communicate()
+    assert (run.returncode, out) == (2, "")
+    assert "--results_path" in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_numbered_folders_are_taken_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "results" / "run2").mkdir(parents=True)
+    assert [str(run_main.take_folder(None)) for _ in range(3)] == [
+        "results/run1",
+        "results/run3",
+        "results/run4",
+    ]
+
+
+def test_missing_data_are_one_error_and_leave_no_folder(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(mnist_data, "MIRRORS", ("http://127.0.0.1:1/",))
+    monkeypatch.setattr(mnist_data.importlib.util, "find_spec", lambda name: None)
+    assert run_main.main([]) == 1
+    assert "http://127.0.0.1:1/" in capsys.readouterr().err
+    assert list((tmp_path / "results").iterdir()) == []
+
+
+@pytest.mark.parametrize("optimizer", run_main.LEARN_RATE)
+def test_training_that_leaves_the_numbers_stops_at_once(program, data_dir, tmp_path, optimizer):
+    flags = ["--learn_rate", "1e30", "--optimizer", optimizer, "--results_path", "out", *FLAGS]
+    run = program("--data_dir", data_dir, *flags)
+    _, err = run.communicate()
+    assert run.returncode == 1
+    assert err.count("\n") == 1
+    assert "epoch 1" in err
+    assert "--learn_rate" in err
+    assert list((tmp_path / "out").glob("*.png")) == []
+
+
+def test_ctrl_c_ends_in_order(program, data_dir, tmp_path):
+    # Where these tests run in the background of a shell, Ctrl-C may be ignored and would be in the program.
+    ordinary = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}
+    run = program("--data_dir", data_dir, "--num_epochs", 1_000, *FLAGS, **ordinary)
+    for line in run.stdout:
+        if line.startswith("epoch    2"):
+            run.send_signal(signal.SIGINT)
+            break
+    out, err = run.communicate()
+    assert (run.returncode, err) == (130, "")
+    folder = tmp_path / "results" / "run1"
+    epochs = len(read_log(folder))
+    assert epochs >= 2
+    last = out.splitlines()[-1]
+    assert f"{epochs} finished epochs" in last
+    assert "results/run1" in last
+    for picture in folder.glob("*.png"):
+        imread(picture)
+    assert len(list(folder.glob("*.png"))) == 6
+    assert list(folder.glob("*.part")) == []
+
+
+def test_a_terminal_has_a_moving_bar(program, data_dir):
+    ours, theirs = pty.openpty()
+    run = program("--data_dir", data_dir, "--num_epochs", 1, *FLAGS, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    screen = b""
+    try:
+        while chunk := os.read(ours, 1 << 16):
+            screen += chunk
+    except OSError:  # how Linux says that the other end is closed
+        pass
+    os.close(ours)
+    assert run.wait() == 0
+    bars = [part for part in screen.decode().split("\r\033[K") if part.startswith("epoch 1/1 [")]
+    assert len(bars) == run_main.UPDATES_PER_EPOCH
+    assert [bar.count("#") for bar in bars] == sorted({bar.count("#") for bar in bars})
+    assert "\r\033[Kepoch 1/1  training" in screen.decode()
+
+
+def test_start_up_chatter_is_held_back_and_errors_are_not(capfd):
+    with run_main.quiet_stderr():
+        os.write(2, b"chatter\n")
+    with pytest.raises(ImportError), run_main.quiet_stderr():
+        os.write(2, b"the cause\n")
+        raise ImportError
+    print("later", file=sys.stderr)
+    assert capfd.readouterr().err == "the cause\nlater\n"
