@@ -18,9 +18,18 @@ DPI = 100
 
 # The ten colours of Petroff (arXiv:2107.02270), chosen to differ for colour-blind readers too. Digits that
 # lie close in the latent plane (3, 5 and 8; 4, 7 and 9) have the ones that differ most.
-DIGIT_COLOURS = """
-    #92dadd #717581 #832db6 #94a4a2 #3f90da #ffa90e #b9ac70 #e76300 #bd1f01 #a96b59
-""".split()
+DIGIT_COLOURS = (
+    "#92dadd",
+    "#717581",
+    "#832db6",
+    "#94a4a2",
+    "#3f90da",
+    "#ffa90e",
+    "#b9ac70",
+    "#e76300",
+    "#bd1f01",
+    "#a96b59",
+)
 
 
 def tile(images, n_x, n_y, resize_factor=1.0):

@@ -283,19 +283,23 @@ def quiet_stderr():
 
 
 def import_tensorflow():
-    """Imports TensorFlow without its start-up messages. It takes seconds: not before the flags are right."""
+    """Imports TensorFlow and what is built on it, for this whole file and without its start-up messages.
+
+    That takes seconds, so it waits until the flags have been checked.
+    """
+    global keras, plot_utils, tf, vae  # noqa: PLW0603
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # errors only
     with quiet_stderr():
         import tensorflow as tf
+        from tensorflow import keras
 
-        tf.config.list_physical_devices()  # says what it misses where there is no GPU
-    return tf
+        tf.config.list_physical_devices()  # where there is no GPU, it says what it misses
+    import plot_utils
+    import vae
 
 
 def make_optimizer(flags, n_steps):
     """Returns the Keras optimizer with its rate decaying to 0 over n_steps, along a half cosine."""
-    from tensorflow import keras
-
     rate = keras.optimizers.schedules.CosineDecay(flags.learn_rate, n_steps)
     if flags.optimizer == "adam":
         return keras.optimizers.Adam(rate)
@@ -307,21 +311,16 @@ def make_optimizer(flags, n_steps):
 
 def pixels(images):
     """Returns uint8 images as float32 in [0, 1]."""
-    import tensorflow as tf
-
     return tf.cast(images, tf.float32) / 255
 
 
 def observed(x, flags, seed):
     """Returns what the encoder sees of images x: (batch, 784)."""
-    import vae
-
     return vae.salt_and_pepper(x, flags.noise_level, seed) if flags.add_noise else x
 
 
 def make_train_steps(network, optimizer, flags):
     """Returns the function that trains: stochastic gradient descent on the negative ELBO."""
-    import tensorflow as tf
 
     @tf.function(jit_compile=True)
     def train_steps(images, batches, epoch, first, last):
@@ -350,7 +349,6 @@ def make_train_steps(network, optimizer, flags):
 
 def make_evaluate(network, flags):
     """Returns the function that estimates the ELBO, without dropout and with one draw of z an image."""
-    import tensorflow as tf
 
     @tf.function(jit_compile=True)
     def block_terms(images, block):
@@ -387,8 +385,6 @@ def shuffled_batches(n_images, epoch, flags):
 
     Images that do not fill a last batch are left out, others in every epoch.
     """
-    import tensorflow as tf
-
     n_steps = n_images // flags.batch_size
     order = tf.random.experimental.stateless_shuffle(tf.range(n_images), [flags.seed, epoch])
     return tf.reshape(order[: n_steps * flags.batch_size], (n_steps, flags.batch_size))
@@ -400,8 +396,6 @@ def train_epoch(train_steps, images, epoch, flags, console, interrupted):
     They are means over the epoch, with dropout, while the weights move. Raises UserError as soon as a
     loss is not finite, and KeyboardInterrupt once the event `interrupted` is set.
     """
-    import tensorflow as tf
-
     batches = shuffled_batches(len(images), epoch, flags)
     total = np.zeros(2)
     pieces = np.linspace(0, len(batches), UPDATES_PER_EPOCH + 1).astype(np.int32)
@@ -435,8 +429,6 @@ def train(network, evaluate, data, flags, folder, console):
 
     Returns the pictures' paths. Ctrl-C ends it with KeyboardInterrupt and a line that says what is there.
     """
-    import tensorflow as tf
-
     optimizer = make_optimizer(flags, flags.num_epochs * (len(data.train_images) // flags.batch_size))
     optimizer.build(network.trainable_variables)
     train_steps = make_train_steps(network, optimizer, flags)
@@ -485,17 +477,11 @@ def progress_line(row, flags, left):
 
 def decode(network, z):
     """Returns the images (n, 784), the pixels' probabilities, that latent vectors z (n, dim_z) stand for."""
-    import tensorflow as tf
-
     return tf.sigmoid(network.bernoulli_decoder(tf.constant(z, tf.float32))).numpy()
 
 
 def draw_pictures(network, data, flags, history, folder):
     """Draws every picture of the network's state into the folder; returns their paths."""
-    import tensorflow as tf
-
-    import plot_utils
-
     seed = [flags.seed, EVALUATION_EPOCH]
     grid = (flags.PRR_n_img_x, flags.PRR_n_img_y, flags.PRR_resize_factor)
     n_digits = flags.PRR_n_img_x * flags.PRR_n_img_y
@@ -537,8 +523,6 @@ def run(flags, console):
     write_json(folder / "config.json", configuration(flags))
     console.line("loading TensorFlow")
     import_tensorflow()
-    import vae
-
     network = vae.VAE(flags.dim_z, flags.n_hidden, data.train_images.mean(axis=0) / 255, flags.seed)
     evaluate = make_evaluate(network, flags)
     pictures = train(network, evaluate, data, flags, folder, console)

@@ -120,13 +120,11 @@ def test_the_rate_is_the_optimizers_own():
 
 @pytest.mark.parametrize("optimizer", run_main.LEARN_RATE)
 def test_training_on_few_digits_lowers_the_loss(mnist, tmp_path, console, optimizer):
-    import vae
-
     flags = run_main.parse_flags(
         [*FLAGS, "--batch_size", "50", "--num_epochs", "15", "--optimizer", optimizer]
     )
     data = few(mnist, 500)
-    network = vae.VAE(2, 64, data.train_images.mean(axis=0) / 255, seed=0)
+    network = run_main.vae.VAE(2, 64, data.train_images.mean(axis=0) / 255, seed=0)
     evaluate = run_main.make_evaluate(network, flags)
     before = evaluate(data.valid_images)["elbo"]
     run_main.train(network, evaluate, data, flags, tmp_path, console)
@@ -156,21 +154,17 @@ def test_batches_go_through_every_image_in_an_order_of_the_epoch():
 
 def test_cutting_an_epoch_into_pieces_changes_no_bit(mnist):
     """What a step draws depends on seed, epoch and step, not on how many steps are compiled into one call."""
-    import tensorflow as tf
-
-    import vae
-
     flags = run_main.parse_flags([*FLAGS, "--add_noise"])
-    images = tf.constant(mnist.train_images[:3_000])
+    images = run_main.tf.constant(mnist.train_images[:3_000])
     batches = run_main.shuffled_batches(3_000, 1, flags)
 
     def weights_after(*pieces):
-        network = vae.VAE(2, 64, mnist.train_images.mean(axis=0) / 255, seed=0)
+        network = run_main.vae.VAE(2, 64, mnist.train_images.mean(axis=0) / 255, seed=0)
         optimizer = run_main.make_optimizer(flags, 6)
         optimizer.build(network.trainable_variables)
         train_steps = run_main.make_train_steps(network, optimizer, flags)
         for piece in pieces:
-            train_steps(images, batches, *map(tf.constant, (1, *piece)))
+            train_steps(images, batches, *map(run_main.tf.constant, (1, *piece)))
         return [weight.numpy() for weight in network.weights]
 
     for whole, cut in zip(weights_after((0, 6)), weights_after((0, 1), (1, 4), (4, 6)), strict=True):
