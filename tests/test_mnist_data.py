@@ -98,6 +98,12 @@ def test_real_mnist_is_split_as_in_the_example(mnist, data_dir):
     assert mnist.train_images[0].tobytes() == raw[16 + 5_000 * 784 : 16 + 5_001 * 784]
 
 
+def test_what_is_there_is_not_fetched(data_dir, console, monkeypatch):
+    monkeypatch.setattr(mnist_data, "fetch_files", None)
+    mnist_data.load_mnist(data_dir, console)
+    assert console.lines == []
+
+
 @pytest.mark.parametrize("packed", [False, True], ids=["uncompressed", "gzipped"])
 def test_files_put_there_by_hand_are_read(small, tmp_path, console, packed):
     for name, content in small.items():
@@ -244,6 +250,15 @@ def test_two_programs_fetch_into_one_folder(data_dir, tmp_path, serve):
     assert len(sums) == 1
     left = {path.name for path in (tmp_path / "data").iterdir() if path.suffix != ".damaged"}
     assert left == set(files)
+
+
+def test_damaged_file_that_another_program_mends_meanwhile(small, tmp_path, monkeypatch):
+    path = tmp_path / mnist_data.TEST_LABELS
+    path.write_bytes(b"damaged")
+    monkeypatch.setattr(type(path), "read_bytes", lambda path: path.unlink() or path.open("rb"))
+    mnist_data.keep(path, small[mnist_data.TEST_LABELS])
+    monkeypatch.undo()
+    assert path.read_bytes() == small[mnist_data.TEST_LABELS]
 
 
 def test_unwritable_folder_is_named(small, tmp_path, console, serve, monkeypatch):

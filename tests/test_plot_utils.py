@@ -71,12 +71,35 @@ def test_manifold_holds_the_digits_one_to_one(digits):
     assert (windows == expected).all(axis=(2, 3)).sum() == 1
 
 
-def test_latent_map_shows_every_digit_in_its_colour():
-    z = np.random.default_rng(0).normal(size=(1_000, 2)) * 0.1 + np.repeat(np.arange(10), 100)[:, None]
-    picture = decode(plot_utils.latent_map(z, np.repeat(np.arange(10), 100)))
-    for colour in plot_utils.DIGIT_COLOURS:
+def test_manifold_labels_carry_z(digits, monkeypatch):
+    monkeypatch.setattr(plot_utils, "png_of", lambda figure: figure)
+    z_x, z_y = plot_utils.manifold_axes(3, 2, 2.0)
+    (axes,) = plot_utils.manifold(digits[1], z_x, z_y).axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["-2.00", "0.00", "2.00"]
+    assert axes.get_xticks().tolist() == [0, 1, 2]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["2.00", "-2.00"]  # from the top
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("$z_1$", "$z_2$")
+
+
+def test_latent_map_shows_every_digit_in_its_colour_at_its_place():
+    labels = np.repeat(np.arange(10), 100)
+    x, y = labels, 7 * labels % 10
+    z = np.random.default_rng(0).normal(size=(1_000, 2)) * 0.1 + np.stack([x, y], axis=1)
+    picture = decode(plot_utils.latent_map(z, labels))[:, :720]  # without the legend
+    columns, rows = np.empty(10), np.empty(10)
+    for digit, colour in enumerate(plot_utils.DIGIT_COLOURS):
         rgb = (255 * np.array(to_rgb(colour))).round()
-        assert (np.abs(picture - rgb).max(axis=2) <= 1).sum() > 100
+        found = np.argwhere(np.abs(picture - rgb).max(axis=2) <= 1)
+        assert len(found) > 50
+        rows[digit], columns[digit] = found.mean(axis=0)
+    assert (np.argsort(columns) == np.argsort(x[::100])).all()
+    assert (np.argsort(-rows) == np.argsort(y[::100])).all()
+
+
+def test_latent_map_has_a_legend_of_the_digits(monkeypatch):
+    monkeypatch.setattr(plot_utils, "png_of", lambda figure: figure)
+    (axes,) = plot_utils.latent_map(np.zeros((10, 2)), np.arange(10)).axes
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [str(digit) for digit in range(10)]
 
 
 def test_latent_map_needs_no_digit_of_every_kind():

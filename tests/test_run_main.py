@@ -15,7 +15,9 @@ from matplotlib.image import imread
 import mnist_data
 import run_main
 
-FLAGS = ["--n_hidden", "64", "--batch_size", "500"]  # small enough that a real run takes seconds
+run_main.import_tensorflow()
+
+FLAGS = ("--n_hidden", "64", "--batch_size", "500")  # small enough that a real run takes seconds
 
 
 @pytest.fixture
@@ -23,7 +25,7 @@ def without_tensorflow(tmp_path):
     """An environment in which importing TensorFlow fails."""
     (tmp_path / "trap").mkdir()
     (tmp_path / "trap" / "tensorflow.py").write_text("raise SystemExit('TensorFlow was imported')")
-    return os.environ | {"PYTHONPATH": str(tmp_path / "trap")}
+    return {"PYTHONPATH": str(tmp_path / "trap")}
 
 
 def read_log(folder):
@@ -53,7 +55,7 @@ def test_help_answers_without_tensorflow(program, without_tensorflow):
         ("--dim_z 0", ["--dim_z", "'0'", "from 1"]),
         ("--dim_z 2.5", ["--dim_z", "'2.5'", "whole number"]),
         ("--n_hidden many", ["--n_hidden", "'many'"]),
-        ("--keep_prob 0", ["--keep_prob", "'0'", "greater than 0", "at most 1"]),
+        ("--keep_prob 0", ["--keep_prob", "'0'", "greater than 0.001", "at most 1"]),
         ("--keep_prob 1.1", ["--keep_prob", "'1.1'"]),
         ("--learn_rate nan", ["--learn_rate", "'nan'"]),
         ("--learn_rate 1e400", ["--learn_rate", "'1e400'", "finite"]),
@@ -65,10 +67,11 @@ def test_help_answers_without_tensorflow(program, without_tensorflow):
         ("--PMLR Yes", ["--PMLR", "'Yes'", "True"]),
         ("--PMLR True --dim_z 3", ["--PMLR", "--dim_z is 3"]),
         ("--plot_manifold --dim_z 3", ["--PMLR", "--dim_z is 3"]),
-        ("--PRR_n_img_x 101 --PRR_n_img_y 100", ["--PRR_n_img_x", "10100", "10000"]),
+        ("--PRR_n_img_x 101 --PRR_n_img_y 100", ["--PRR_n_img_x", "--PRR_n_img_y", "101 times 100", "10000"]),
         ("--PMLR_n_samples 10001", ["--PMLR_n_samples", "10001", "10000"]),
-        ("--PMLR_resize_factor 50", ["--PMLR_resize_factor", "28000"]),
-        ("--PRR_resize_factor 0.01", ["--PRR_resize_factor"]),
+        ("--PMLR_resize_factor 50", ["--PMLR_resize_factor 50.0", "at most 18"]),
+        ("--PRR_resize_factor 0.01", ["--PRR_resize_factor 0.01", "0.04"]),
+        ("--PMLR_n_img_x 1000 --PMLR_n_img_y 1000 --PMLR_resize_factor 0.1", ["--PMLR_n_img_x", "10000"]),
         ("--noise_level 0.3", ["--noise_level 0.3", "--add_noise"]),
         ("--add_noise --noise_level 1.5", ["--noise_level", "'1.5'"]),
         ("--results_path=", ["--results_path", "folder"]),
@@ -169,6 +172,63 @@ def test_cutting_an_epoch_into_pieces_changes_no_bit(mnist):
 
     for whole, cut in zip(weights_after((0, 6)), weights_after((0, 1), (1, 4), (4, 6)), strict=True):
         np.testing.assert_array_equal(whole, cut)
+
+
+class Recorder:
+    """In place of the network: its loss shows what it is called with, its pictures show z."""
+
+    def __init__(self):
+        self.trainable_variables = [run_main.tf.Variable(0.0)]
+
+    def negative_elbo(self, x, x_seen, seed, keep_prob=1.0):
+        tf = run_main.tf
+        nothing = 0 * self.trainable_variables[0]
+        return tf.reduce_mean(x, axis=1) + nothing, tf.reduce_mean(x_seen, axis=1) + 1_000 * keep_prob
+
+    def gaussian_encoder(self, x):
+        return x[:, :2] * 0, None
+
+    def bernoulli_decoder(self, z):
+        """The left half of an image is as bright as the first latent number, the right as the second."""
+        tf = run_main.tf
+        return tf.reshape(tf.repeat(tf.repeat(z, 14, axis=1)[:, None], 28, axis=1), (-1, 784))
+
+
+@pytest.mark.parametrize("noise", [False, True])
+def test_training_and_evaluation_show_the_network_what_they_should(mnist, noise):
+    """The clean image to reconstruct, the noisy one to see, and dropout in training alone."""
+    flags = run_main.parse_flags([*FLAGS, "--keep_prob", "0.8", f"--add_noise={noise}"])
+    flags.noise_level = 1.0
+    images = mnist.train_images[:1_000]
+    clean, expected_seen = images.mean() / 255, 0.5 if noise else images.mean() / 255
+    network = Recorder()
+    optimizer = run_main.make_optimizer(flags, 2)
+    optimizer.build(network.trainable_variables)
+    train_steps = run_main.make_train_steps(network, optimizer, flags)
+    batches = run_main.shuffled_batches(1_000, 1, flags)
+    arguments = map(run_main.tf.constant, (1, 0, 2))
+    x, x_seen = train_steps(run_main.tf.constant(images), batches, *arguments).numpy() / 2
+    assert x == pytest.approx(clean, rel=1e-3)
+    assert x_seen - 800 == pytest.approx(expected_seen, abs=0.01)
+    terms = run_main.make_evaluate(network, flags)(images)
+    assert terms["reconstruction"] == pytest.approx(clean, rel=1e-3)
+    assert terms["kl"] - 1_000 == pytest.approx(expected_seen, abs=0.01)
+    assert terms["elbo"] == pytest.approx(-(terms["reconstruction"] + terms["kl"]))
+
+
+def test_the_manifolds_axes_are_the_latent_ones(mnist, tmp_path):
+    """z1 grows to the right, z2 upwards."""
+    flags = run_main.parse_flags(["--PMLR_n_img_x", "4", "--PMLR_n_img_y", "3"])
+    history = [{"train_elbo": -1.0, "valid_elbo": -1.0}]
+    run_main.draw_pictures(Recorder(), mnist, flags, history, tmp_path)
+    picture = imread(tmp_path / "manifold.png")[10 : 10 + 3 * 28, 60 : 60 + 4 * 28, 0]
+    tiles = picture.reshape(3, 28, 4, 28)
+    first, second = tiles[:, 14, :, 7], tiles[:, 14, :, 21]
+    assert (np.diff(first, axis=1) > 0.05).all()
+    assert (np.diff(first, axis=0) == 0).all()
+    assert (np.diff(second, axis=0) < -0.05).all()
+    assert (np.diff(second, axis=1) == 0).all()
+    assert first[0, -1] == pytest.approx(1 / (1 + math.exp(-2)), abs=0.01)
 
 
 # --- a run -------------------------------------------------------------------------------------------
@@ -276,6 +336,16 @@ def test_results_that_cannot_be_written_are_an_error_before_the_data(program, tm
     assert not (tmp_path / "nowhere").exists()
 
 
+def test_a_file_with_a_results_name_is_refused_and_kept(program, data_dir, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "input.png").write_text("mine")
+    run = program("--data_dir", data_dir, "--results_path", "out")
+    _, err = run.communicate()
+    assert run.returncode == 2
+    assert "input.png" in err
+    assert (tmp_path / "out" / "input.png").read_text() == "mine"
+
+
 def test_numbered_folders_are_taken_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "results" / "run2").mkdir(parents=True)
@@ -293,6 +363,29 @@ def test_missing_data_are_one_error_and_leave_no_folder(monkeypatch, tmp_path, c
     assert run_main.main([]) == 1
     assert "http://127.0.0.1:1/" in capsys.readouterr().err
     assert list((tmp_path / "results").iterdir()) == []
+
+
+def test_numbers_lost_in_a_later_epoch_leave_the_good_ones(mnist, tmp_path, console, monkeypatch):
+    flags = run_main.parse_flags([*FLAGS, "--num_epochs", "3"])
+    data = few(mnist, 1_000)
+    network = run_main.vae.VAE(2, 64, data.train_images.mean(axis=0) / 255, seed=0)
+    real, good = run_main.make_train_steps, {}
+
+    def failing(*arguments):
+        def train_steps(images, batches, epoch, first, last):
+            if epoch == 2:
+                good.update({path: path.read_bytes() for path in tmp_path.iterdir()})
+                return run_main.tf.constant([math.nan, 1.0])
+            return real(*arguments)(images, batches, epoch, first, last)
+
+        return train_steps
+
+    monkeypatch.setattr(run_main, "make_train_steps", failing)
+    evaluate = run_main.make_evaluate(network, flags)
+    with pytest.raises(run_main.UserError, match="epoch 2"):
+        run_main.train(network, evaluate, data, flags, tmp_path, console)
+    assert len(good) == 7
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == good
 
 
 @pytest.mark.parametrize("optimizer", run_main.LEARN_RATE)
@@ -329,6 +422,36 @@ def test_ctrl_c_ends_in_order(program, data_dir, tmp_path):
     assert list(folder.glob("*.part")) == []
 
 
+def test_ctrl_c_while_the_last_epoch_is_written(mnist, tmp_path, console, monkeypatch):
+    flags = run_main.parse_flags([*FLAGS, "--num_epochs", "1"])
+    data = few(mnist, 1_000)
+    network = run_main.vae.VAE(2, 64, data.train_images.mean(axis=0) / 255, seed=0)
+    draw = run_main.draw_pictures
+
+    def interrupted(*arguments):
+        signal.raise_signal(signal.SIGINT)
+        return draw(*arguments)
+
+    monkeypatch.setattr(run_main, "draw_pictures", interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    evaluate = run_main.make_evaluate(network, flags)
+    with pytest.raises(KeyboardInterrupt, match="1 finished"):
+        run_main.train(network, evaluate, data, flags, tmp_path, console)
+    assert len(list(tmp_path.glob("*.png"))) == 6
+    assert signal.signal(signal.SIGINT, before) == signal.default_int_handler
+
+
+def test_ctrl_c_before_training(monkeypatch, tmp_path, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(mnist_data, "load_mnist", interrupted)
+    assert run_main.main([]) == 130
+    assert capsys.readouterr().out.splitlines()[-1] == "interrupted"
+    assert list((tmp_path / "results").iterdir()) == []
+
+
 def test_a_terminal_has_a_moving_bar(program, data_dir):
     ours, theirs = pty.openpty()
     run = program("--data_dir", data_dir, "--num_epochs", 1, *FLAGS, stdout=theirs, stderr=theirs)
@@ -349,7 +472,11 @@ def test_a_terminal_has_a_moving_bar(program, data_dir):
 
 def test_start_up_chatter_is_held_back_and_errors_are_not(capfd):
     with run_main.quiet_stderr():
-        os.write(2, b"chatter\n")
+        os.write(
+            2, b"I0000 00:00:1.2 345 cpu.cc:1] chatter\nE0000 00:00:1.2 345 gpu.cc:1] failed call to cuInit\n"
+        )
+        os.write(2, b"E0000 00:00:1.2 345 gpu.cc:1] the driver is broken\n")
+    assert capfd.readouterr().err == "E0000 00:00:1.2 345 gpu.cc:1] the driver is broken\n"
     with pytest.raises(ImportError), run_main.quiet_stderr():
         os.write(2, b"the cause\n")
         raise ImportError
