@@ -272,12 +272,14 @@ def write_whole(path, content):
     try:
         part.write_bytes(content)
         part.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         part.unlink(missing_ok=True)
 
 
 def reason(error):
-    """Returns what an exception says, in one line."""
+    """Returns what an exception, or a message of several lines, says in one line."""
     if type(error) is urllib.error.URLError and isinstance(error.reason, OSError):
         error = error.reason
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__

@@ -13,6 +13,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import signal
 import sys
 import tempfile
@@ -24,6 +25,11 @@ from pathlib import Path
 import numpy as np
 
 import mnist_data
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 # The recipe. At 20 epochs and dim_z 2 it gives a test ELBO of -141.5 with SGD; the same with all gradients
 # clipped by one common norm, and the best rate for that, -148.
@@ -40,8 +46,10 @@ UPDATES_PER_EPOCH = 10  # of the progress bar
 RESULTS = (
     *("config.json", "log.csv", "metrics.json"),
     *("input.png", "input_noise.png", "reconstruction.png", "manifold.png", "latent_map.png"),
-    *("samples.png", "elbo.png"),
+    *("samples.png", "elbo.png", "checkpoint"),
 )
+# What a resumed run may be given anew; the other flags are those it began with.
+RESUME_MAY_CHANGE = ("num_epochs", "data_dir", "results_path", "resume", "overwrite")
 
 
 class UserError(Exception):
@@ -93,16 +101,18 @@ def switch(text):
 
 def folder_path(text):
     """An argparse type: the path of a folder."""
-    if not text or "\0" in text:
-        raise argparse.ArgumentTypeError(f"{text!r} is not the name of a folder")
+    if not text or set(text) & set("\0*?["):  # TensorFlow takes the last three for patterns
+        raise argparse.ArgumentTypeError(f"{text!r} is not a name for a folder")
     return Path(text)
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An argument parser that says what is wrong in one line."""
+    """An argument parser that says what is wrong in one line, and where if not on the command line."""
+
+    where = ""
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+        self.exit(2, f"{self.prog}: error: {self.where}{' '.join(message.split())}\n")
 
 
 def parse_flags(arguments=None):
@@ -175,8 +185,17 @@ def parse_flags(arguments=None):
     group = parser.add_argument_group("run")
     help = "folder for what the run leaves behind (default: the next free one of results/run1, run2, ...)"
     add(group, "--results_path", type=folder_path, help=help)
+    add_switch(group, "--resume", default=False, help="go on with the run in --results_path")
+    add_switch(group, "--overwrite", default=False, help="remove the run in --results_path, then start anew")
 
     flags = parser.parse_args(arguments)
+    for name in ("resume", "overwrite"):
+        if getattr(flags, name) and not flags.results_path:
+            parser.error(f"--{name} needs the run's folder: name it with --results_path")
+    if flags.resume and flags.overwrite:
+        parser.error("--resume goes on with a run and --overwrite removes it: take one of them")
+    if flags.resume:
+        flags = flags_of_run(parser, arguments, flags.results_path)
     flags.learn_rate = flags.learn_rate or LEARN_RATE[flags.optimizer]
     if flags.PMLR is None:
         flags.PMLR = flags.dim_z == 2
@@ -204,6 +223,28 @@ def parse_flags(arguments=None):
     return flags
 
 
+def flags_of_run(parser, arguments, folder):
+    """Returns the flags of the run in the folder, with those of the arguments that it may be given anew."""
+    config = read_config(folder)
+    if not config:
+        parser.error(f"--results_path {folder} has no run to resume, or its config.json is damaged")
+    parser.where = f"{folder / 'config.json'}: "
+    written = [f"--{name}={value}" for name, value in config["flags"].items() if value is not None]
+    recorded = parser.parse_args(written)
+    parser.where = ""
+    flags = parser.parse_args(arguments, argparse.Namespace(**vars(recorded)))  # keeps what is not given
+    for name, value in vars(recorded).items():
+        given = getattr(flags, name)
+        if given != value and name not in RESUME_MAY_CHANGE and not name.startswith(("PRR", "PMLR")):
+            parser.error(f"--{name} is {given}, and the run in {folder} has {value}: leave it out to resume")
+    done = max(checkpoint_epochs(folder), default=0)
+    if flags.num_epochs < done:
+        parser.error(
+            f"--num_epochs {flags.num_epochs}: the run in {folder} has {done} already; take no fewer"
+        )
+    return flags
+
+
 # --- the screen and the results folder ---------------------------------------------------------------
 
 
@@ -226,26 +267,81 @@ class Console:
             print(f"\r\033[K{what} {share}", end="", flush=True)
 
 
-def take_folder(results_path):
-    """Returns the folder for a run's results: the given one, or else the next free results/runN.
+def take_folder(flags):
+    """Returns the folder for a run's results: --results_path or the next free results/runN.
 
-    Raises FlagError if the given one holds a run already, or if it cannot be written.
+    It is this program's alone until it ends.
+
+    Raises FlagError if it cannot be written, if another program is at work in it, or if it holds a run or
+    files of a run's names and the flags do not say what to do with them.
     """
-    folder = results_path or Path("results", "run1")
+    folder = flags.results_path or Path("results", "run1")
     try:
-        if results_path:
+        if flags.results_path:
             folder.mkdir(parents=True, exist_ok=True)
         else:
             folder.parent.mkdir(exist_ok=True)
             folder = next(filter(None, map(take_numbered, itertools.count(1))))
         tempfile.TemporaryFile(dir=folder).close()
+        lock(folder)
     except OSError as error:
         problem = f"--results_path {folder} cannot be written: {mnist_data.reason(error)}"
         raise FlagError(f"{problem}; name another folder") from error
+    if read_config(folder):
+        if not (flags.resume or flags.overwrite):
+            raise FlagError(f"--results_path {folder} holds a run: add --resume or --overwrite")
+        return folder
     for name in RESULTS:
         if (folder / name).exists():
-            raise FlagError(f"--results_path {folder} holds a {name} already; name another folder")
+            raise FlagError(f"--results_path {folder} holds a {name} that is of no run; name another folder")
     return folder
+
+
+def lock(folder):
+    """Keeps other programs from working in a folder until this one ends, however it ends.
+
+    Raises FlagError if another one keeps this one from it.
+    """
+    if fcntl:
+        try:
+            fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise FlagError(f"--results_path {folder}: another program is at work there") from error
+        except OSError:  # a file system without locks
+            pass
+
+
+def read_config(folder):
+    """Returns the config.json that a run wrote into a folder, or None if that is missing or not a run's."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        return config if config["flags"].items() and config["data_sha256"] else None
+    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        return None
+
+
+def remove_run(folder):
+    """Removes what a run wrote into a folder, and nothing else.
+
+    config.json stays until the next one replaces it, so that the folder can be told for a run's all the time.
+    """
+    for name in RESULTS:
+        if name not in ("config.json", "checkpoint"):
+            (folder / name).unlink(missing_ok=True)
+    remove_unfinished(folder)
+    remove_checkpoints(folder, checkpoint_epochs(folder))
+    with contextlib.suppress(OSError):  # not there, or the user has put something into it
+        (folder / "checkpoint").rmdir()
+
+
+def remove_unfinished(folder):
+    """Removes the temporary files that a killed run has left behind."""
+    names = "|".join(map(re.escape, RESULTS))
+    for path in (*folder.glob("*.part"), *(folder / "checkpoint").glob("epoch-*")):
+        if re.fullmatch(rf"({names})\.[0-9a-f]{{8}}\.part|epoch-\d+\..+\.tempstate\d+", path.name):
+            path.unlink()
+        elif re.fullmatch(r"epoch-\d+_temp", path.name):
+            shutil.rmtree(path)
 
 
 def take_numbered(n):
@@ -276,12 +372,72 @@ def configuration(flags):
     """Returns what a run depends on: flags, versions and data."""
     packages = ("tensorflow", "keras", "numpy", "scipy", "matplotlib")
     return {
-        "flags": vars(flags),
+        "flags": vars(flags) | {"resume": False, "overwrite": False},
         "seed": flags.seed,
         "versions": {"python": platform.python_version()}
         | {name: metadata.version(name) for name in packages},
         "data_sha256": mnist_data.SHA256,
     }
+
+
+# --- checkpoints -------------------------------------------------------------------------------------
+
+
+def checkpoint_epochs(folder):
+    """Returns the epochs that a run's folder has checkpoints of, in order. Their index is written last."""
+    paths = (folder / "checkpoint").glob("*.index")
+    return sorted(int(name[1]) for path in paths if (name := re.fullmatch(r"epoch-(\d+)\.index", path.name)))
+
+
+def remove_checkpoints(folder, epochs):
+    """Removes the checkpoints of some epochs."""
+    for epoch in epochs:
+        for path in (folder / "checkpoint").glob(f"epoch-{epoch}.*"):
+            if re.fullmatch(r"epoch-\d+\.(index|data-\d+-of-\d+)", path.name):
+                path.unlink()
+
+
+def save_checkpoint(state, history, folder):
+    """Writes the complete state after an epoch, and keeps the one before.
+
+    state: tf.train.Checkpoint of network, optimizer and, as JSON, the history. TensorFlow puts a checksum to
+    each part, by which a damaged one is told from a good one.
+    """
+    epoch = len(history)
+    state.history.assign(json.dumps(history))
+    try:
+        state.write(str(folder / "checkpoint" / f"epoch-{epoch}"))
+    except tf.errors.OpError as error:
+        reason = mnist_data.reason(error.message)
+        raise UserError(f"{folder}: the checkpoint of epoch {epoch} cannot be written: {reason}") from error
+    finally:
+        remove_unfinished(folder)
+    remove_checkpoints(folder, [before for before in checkpoint_epochs(folder) if before < epoch - 1])
+
+
+def restore_checkpoint(state, folder, console):
+    """Sets the state to the newest good checkpoint; returns its history, empty if there never was one.
+
+    Raises UserError if all are damaged or gone, or if they are of another network.
+    """
+    damage = []
+    for epoch in reversed(checkpoint_epochs(folder)):
+        try:
+            state.read(str(folder / "checkpoint" / f"epoch-{epoch}")).assert_consumed()
+        except (AssertionError, ValueError) as error:
+            raise UserError(
+                f"{folder}: the checkpoint of epoch {epoch} does not fit the network as it is now:"
+                " undo what was changed in vae.py since, or start anew with --overwrite"
+            ) from error
+        except Exception as error:  # TensorFlow has no one kind of it for damage
+            damage.append(f"the checkpoint of epoch {epoch} is damaged: {mnist_data.reason(error)}")
+        else:
+            console.line("; ".join([*damage, f"going on after epoch {epoch}"]))
+            return json.loads(state.history.numpy())
+    if damage or (folder / "log.csv").exists():
+        problem = "; ".join(damage) or "the checkpoints are gone"
+        raise UserError(f"{folder}: {problem}: start anew with --overwrite")
+    return []
 
 
 # --- training and evaluation -------------------------------------------------------------------------
@@ -451,19 +607,28 @@ def deferred_interrupt():
 
 
 def train(network, evaluate, data, flags, folder, console):
-    """Trains the network for all epochs; keeps the folder's log and pictures at the newest of them.
+    """Trains the network for all epochs; keeps checkpoint, log and pictures in the folder at the newest.
 
     Returns the pictures' paths. Ctrl-C ends it with a KeyboardInterrupt that says what is there.
     """
     optimizer = make_optimizer(flags, flags.num_epochs * (len(data.train_images) // flags.batch_size))
     optimizer.build(network.trainable_variables)
+    state = tf.train.Checkpoint(network=network, optimizer=optimizer, history=tf.Variable(""))
+    history = restore_checkpoint(state, folder, console) if flags.resume else []
+    if history:
+        for name in RESULTS:  # of an earlier state, and perhaps not wanted any more
+            if name.endswith(".png") or name == "metrics.json":
+                (folder / name).unlink(missing_ok=True)
+        write_log(folder / "log.csv", history)
+        pictures = draw_pictures(network, data, flags, history, folder)
     train_steps = make_train_steps(network, optimizer, flags)
     images = tf.constant(data.train_images)
-    history = []
-    start = time.perf_counter()
+    # The first call compiles. It is one of no steps, so that the first epoch's seconds are as the others'.
+    train_steps(images, shuffled_batches(len(images), 0, flags), *map(tf.constant, (0, 0, 0)))
+    start, n_before = time.perf_counter(), len(history)
     with deferred_interrupt() as interrupted:
         try:
-            for epoch in range(1, flags.num_epochs + 1):
+            for epoch in range(n_before + 1, flags.num_epochs + 1):
                 row = {"epoch": epoch}
                 learn_rate = float(optimizer.learning_rate)
                 epoch_start = time.perf_counter()
@@ -473,10 +638,12 @@ def train(network, evaluate, data, flags, folder, console):
                 row |= {f"valid_{name}": value for name, value in evaluate(data.valid_images).items()}
                 row |= {"learn_rate": learn_rate, "seconds": round(seconds, 3)}
                 check_finite(row, flags)
+                save_checkpoint(state, [*history, row], folder)
                 history.append(row)
                 write_log(folder / "log.csv", history)
                 pictures = draw_pictures(network, data, flags, history, folder)
-                left = (time.perf_counter() - start) / epoch * (flags.num_epochs - epoch)
+                spent = time.perf_counter() - start
+                left = spent / (epoch - n_before) * (flags.num_epochs - epoch)
                 console.line(progress_line(row, flags, left))
                 if interrupted.is_set():
                     raise KeyboardInterrupt
@@ -539,7 +706,7 @@ def draw_pictures(network, data, flags, history, folder):
 
 def run(flags, console):
     """Does what the flags ask for, from the data to the pictures."""
-    folder = take_folder(flags.results_path)
+    folder = take_folder(flags)
     try:
         console.line(f"{folder}: dim_z {flags.dim_z}, {flags.num_epochs} epochs of {flags.optimizer}")
         data = mnist_data.load_mnist(flags.data_dir, console)
@@ -547,6 +714,9 @@ def run(flags, console):
         if not flags.results_path:
             folder.rmdir()  # just created, and nothing is in it
         raise
+    if flags.overwrite:
+        remove_run(folder)
+    remove_unfinished(folder)
     write_json(folder / "config.json", configuration(flags))
     console.line("loading TensorFlow")
     import_tensorflow()

@@ -33,8 +33,8 @@ class VAE(keras.Model):
         super().__init__(name="vae")
         draws = keras.random.SeedGenerator(seed)
         he = keras.initializers.HeNormal(draws)
-        # A tenth of He: the loss sums 784 pixels, and full-size outputs make the first gradients so
-        # large that SGD answers with NaN or with a latent space that never recovers.
+        # A tenth of He: the loss sums 784 pixels, so full-size outputs make the first gradients huge. Clipped
+        # SGD stands them, but ends 1.0 nats behind (dim_z 2, 20 epochs).
         tenth_of_he = keras.initializers.VarianceScaling(2 * 0.1**2, "fan_in", "truncated_normal", draws)
 
         def dense(n_in, n_out, activation=None, weights=he, bias="zeros"):

@@ -247,7 +247,13 @@ def test_a_run_leaves_what_it_says(program, data_dir, mnist, tmp_path):
         "samples.png",
         "elbo.png",
     ]
-    assert {path.name for path in folder.iterdir()} == {*pictures, "config.json", "log.csv", "metrics.json"}
+    assert {path.name for path in folder.iterdir()} == {
+        *pictures,
+        "config.json",
+        "log.csv",
+        "metrics.json",
+        "checkpoint",
+    }
 
     config = json.loads((folder / "config.json").read_text())
     assert config["flags"]["n_hidden"] == 64
@@ -317,13 +323,15 @@ def test_pictures_can_be_left_out(program, data_dir, tmp_path):
 
 def test_a_folder_that_holds_a_run_is_refused_and_kept(program, data_dir, tmp_path):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "config.json").write_text("somebody's")
+    content = json.dumps(run_main.configuration(run_main.parse_flags([])))
+    (tmp_path / "out" / "config.json").write_text(content)
     run = program("--data_dir", data_dir, "--results_path", "out")
     out, err = run.communicate()
     assert (run.returncode, out) == (2, "")
     assert err.count("\n") == 1
     assert "--results_path" in err
-    assert (tmp_path / "out" / "config.json").read_text() == "somebody's"
+    assert "--resume" in err
+    assert (tmp_path / "out" / "config.json").read_text() == content
 
 
 def test_results_that_cannot_be_written_are_an_error_before_the_data(program, tmp_path):
@@ -349,11 +357,9 @@ def test_a_file_with_a_results_name_is_refused_and_kept(program, data_dir, tmp_p
 def test_numbered_folders_are_taken_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "results" / "run2").mkdir(parents=True)
-    assert [str(run_main.take_folder(None)) for _ in range(3)] == [
-        "results/run1",
-        "results/run3",
-        "results/run4",
-    ]
+    flags = run_main.parse_flags([])
+    folders = [str(run_main.take_folder(flags)) for _ in range(3)]
+    assert folders == ["results/run1", "results/run3", "results/run4"]
 
 
 def test_missing_data_are_one_error_and_leave_no_folder(monkeypatch, tmp_path, capsys):
@@ -374,7 +380,7 @@ def test_numbers_lost_in_a_later_epoch_leave_the_good_ones(mnist, tmp_path, cons
     def failing(*arguments):
         def train_steps(images, batches, epoch, first, last):
             if epoch == 2:
-                good.update({path: path.read_bytes() for path in tmp_path.iterdir()})
+                good.update({path: path.read_bytes() for path in tmp_path.rglob("*.*")})
                 return run_main.tf.constant([math.nan, 1.0])
             return real(*arguments)(images, batches, epoch, first, last)
 
@@ -384,8 +390,8 @@ def test_numbers_lost_in_a_later_epoch_leave_the_good_ones(mnist, tmp_path, cons
     evaluate = run_main.make_evaluate(network, flags)
     with pytest.raises(run_main.UserError, match="epoch 2"):
         run_main.train(network, evaluate, data, flags, tmp_path, console)
-    assert len(good) == 7
-    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == good
+    assert len(good) == 9
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == good
 
 
 @pytest.mark.parametrize("optimizer", run_main.LEARN_RATE)
