@@ -323,8 +323,8 @@ def test_pictures_can_be_left_out(program, data_dir, tmp_path):
 
 def test_a_folder_that_holds_a_run_is_refused_and_kept(program, data_dir, tmp_path):
     (tmp_path / "out").mkdir()
-    content = json.dumps(run_main.configuration(run_main.parse_flags([])))
-    (tmp_path / "out" / "config.json").write_text(content)
+    run_main.write_json(tmp_path / "out" / "config.json", run_main.configuration(run_main.parse_flags([])))
+    content = (tmp_path / "out" / "config.json").read_text()
     run = program("--data_dir", data_dir, "--results_path", "out")
     out, err = run.communicate()
     assert (run.returncode, out) == (2, "")
