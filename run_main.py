@@ -408,7 +408,7 @@ def save_checkpoint(state, history, folder):
     try:
         state.write(str(folder / "checkpoint" / f"epoch-{epoch}"))
     except tf.errors.OpError as error:
-        reason = mnist_data.reason(error.message)
+        reason = re.sub(r"{{.*?}}|\[Op:.*?\]", "", mnist_data.reason(error.message)).strip()
         raise UserError(f"{folder}: the checkpoint of epoch {epoch} cannot be written: {reason}") from error
     finally:
         remove_unfinished(folder)
