@@ -174,6 +174,17 @@ def test_killed_while_a_checkpoint_is_written(trained, tmp_path, epoch, moment):
     assert {path.name for path in checkpoint.iterdir()} == complete
 
 
+def test_a_refused_resume_changes_nothing(program, data_dir, tmp_path):
+    run = program("--data_dir", data_dir, "--results_path", "out", "--num_epochs", 1, *FLAGS)
+    run.communicate()
+    shutil.rmtree(tmp_path / "out" / "checkpoint")
+    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    run = program("--results_path", "out", "--resume", "--num_epochs", 5)
+    _, err = run.communicate()
+    assert (run.returncode, err.count("\n")) == (1, 1)
+    assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
 def test_lost_checkpoints_are_not_taken_for_a_new_run(trained, tmp_path):
     trained("run", 1)
     shutil.rmtree(tmp_path / "run" / "checkpoint")
@@ -187,7 +198,7 @@ def test_no_good_checkpoint_is_one_error(trained, tmp_path):
     trained("run", 2)
     for path in (tmp_path / "run" / "checkpoint").glob("*.index"):
         path.write_bytes(b"")
-    with pytest.raises(run_main.UserError, match=r"epoch 2 is damaged.*epoch 1 is damaged.*--overwrite"):
+    with pytest.raises(run_main.UserError, match=r"epoch 2 is damaged.*epoch 1 is damaged.*another folder"):
         trained("run", 3, resume=True)
 
 

@@ -362,9 +362,21 @@ def test_numbered_folders_are_taken_once(tmp_path, monkeypatch):
     assert folders == ["results/run1", "results/run3", "results/run4"]
 
 
+def test_missing_packages_are_one_line_and_take_no_folder(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run_main, "PACKAGES", ("numpy", "no_such_package"))
+    assert run_main.main([]) == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "no_such_package" in err
+    assert "numpy" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_missing_data_are_one_error_and_leave_no_folder(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(mnist_data, "MIRRORS", ("http://127.0.0.1:1/",))
+    monkeypatch.setattr(run_main, "PACKAGES", ())  # they are looked for as pip is
     monkeypatch.setattr(mnist_data.importlib.util, "find_spec", lambda name: None)
     assert run_main.main([]) == 1
     assert "http://127.0.0.1:1/" in capsys.readouterr().err
