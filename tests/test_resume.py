@@ -222,6 +222,7 @@ def test_resuming_a_finished_run_remakes_its_pictures(trained, tmp_path, console
         path.unlink()
     (tmp_path / "run" / "log.csv").unlink()
     assert all(map(np.array_equal, weights, trained("run", 2, resume=True)))
+    (tmp_path / "run" / "config.json").unlink()  # a resumed run writes it; of a new one, the program does
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.*")} == before
 
 
