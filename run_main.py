@@ -164,27 +164,27 @@ def parse_flags(arguments=None):
     noise = "chance that --add_noise replaces a pixel, by black or white at even odds"
     add(group, "--noise_level", type=real(0, 1), default=0.5, help=noise)
 
-    def add_grid(group, short, long, n_img):
-        names = {
-            suffix: [f"--{name}_{suffix}" for name in (short, long)] for suffix in ("n_img_x", "n_img_y")
-        }
-        add(group, *names["n_img_x"], type=whole(1, 1_000), default=n_img, help="digits from left to right")
-        add(group, *names["n_img_y"], type=whole(1, 1_000), default=n_img, help="digits from top to bottom")
-        names = [f"--{name}_resize_factor" for name in (short, long)]
-        add(group, *names, type=real(0, 100), default=1.0, help="size of a digit, as a multiple of 28 pixels")
+    def add_both(group, short, long, suffix, **more):
+        add(group, f"--{short}_{suffix}", f"--{long}_{suffix}", **more)
+
+    def add_grid(*names, n_img):
+        add_both(*names, "n_img_x", type=whole(1, 1_000), default=n_img, help="digits from left to right")
+        add_both(*names, "n_img_y", type=whole(1, 1_000), default=n_img, help="digits from top to bottom")
+        size = "size of a digit, as a multiple of 28 pixels"
+        add_both(*names, "resize_factor", type=real(0, 100), default=1.0, help=size)
 
     group = parser.add_argument_group("plot of reconstructions")
     add_switch(group, "--PRR", "--plot_reconstruction", default=True, help="draw test digits, in and out")
-    add_grid(group, "PRR", "plot_reconstruction", 10)
+    add_grid(group, "PRR", "plot_reconstruction", n_img=10)
 
     group = parser.add_argument_group("plot of the manifold")
     help = "draw the latent plane, decoded and as a map (default: where --dim_z is 2)"
     add_switch(group, "--PMLR", "--plot_manifold", help=help)
-    add_grid(group, "PMLR", "plot_manifold", 20)
-    names = ("--PMLR_z_range", "--plot_manifold_z_range")
-    add(group, *names, type=real(0, 8), default=2.0, help="the manifold shows z from minus this to this")
-    names = ("--PMLR_n_samples", "--plot_manifold_n_samples")
-    add(group, *names, type=whole(1), default=5_000, help="test digits on the map")
+    names = (group, "PMLR", "plot_manifold")
+    add_grid(*names, n_img=20)
+    help = "the manifold shows z from minus this to this"
+    add_both(*names, "z_range", type=real(0, 8), default=2.0, help=help)
+    add_both(*names, "n_samples", type=whole(1), default=5_000, help="test digits on the map")
 
     group = parser.add_argument_group("run")
     help = "folder for what the run leaves behind (default: the next free one of results/run1, run2, ...)"
@@ -620,8 +620,9 @@ def train(network, evaluate, data, flags, folder, console):
     optimizer.build(network.trainable_variables)
     state = tf.train.Checkpoint(network=network, optimizer=optimizer, history=tf.Variable(""))
     history = restore_checkpoint(state, folder, console) if flags.resume else []
-    if history:
+    if flags.resume:
         write_json(folder / "config.json", configuration(flags))
+    if history:
         for name in RESULTS:  # of an earlier state, and perhaps not wanted any more
             if name.endswith(".png") or name == "metrics.json":
                 (folder / name).unlink(missing_ok=True)
@@ -629,8 +630,9 @@ def train(network, evaluate, data, flags, folder, console):
         pictures = draw_pictures(network, data, flags, history, folder)
     train_steps = make_train_steps(network, optimizer, flags)
     images = tf.constant(data.train_images)
-    # The first call compiles. It is one of no steps, so that the first epoch's seconds are as the others'.
-    train_steps(images, shuffled_batches(len(images), 0, flags), *map(tf.constant, (0, 0, 0)))
+    if len(history) < flags.num_epochs:
+        # The first call compiles. It takes no steps, so that the first epoch's seconds are as the others'.
+        train_steps(images, shuffled_batches(len(images), 0, flags), *map(tf.constant, (0, 0, 0)))
     start, n_before = time.perf_counter(), len(history)
     with deferred_interrupt() as interrupted:
         try:
@@ -725,8 +727,9 @@ def run(flags, console):
         raise
     if flags.overwrite:
         remove_run(folder)
-    remove_unfinished(folder)
-    if not flags.resume:
+    if flags.resume:  # the config is written once a checkpoint is found that fits
+        remove_unfinished(folder)
+    else:
         write_json(folder / "config.json", configuration(flags))
     console.line("loading TensorFlow")
     import_tensorflow()
