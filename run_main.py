@@ -1,4 +1,4 @@
-"""Trains a variational autoencoder on MNIST and shows what it learned: flags, training, pictures.
+"""Trains a variational autoencoder on MNIST and shows what it is good for: flags, training, results.
 
 `python run_main.py --help` lists the flags. What a run leaves behind is in its results folder.
 """
@@ -42,16 +42,25 @@ CLIP_NORM = 1.0
 
 EVALUATION_EPOCH = 0  # for the random numbers of evaluation: training counts its epochs from 1
 EVALUATION_BLOCK = 1_000  # images at a time; divides the numbers of validation and of test digits
+IMPORTANCE_BLOCK = 20  # images at a time; divides the number of test digits
+GENERATED_BLOCK = 10_000  # images at a time
 UPDATES_PER_EPOCH = 10  # of the progress bar
 
+N_LINES = 10  # of the picture of interpolations
+LINE_STEPS = 10
+MAX_FRAMES = 100  # of an animation, 4 MB
+
 PACKAGES = ("tensorflow", "keras", "numpy", "scipy", "matplotlib")
-RESULTS = (
-    *("config.json", "log.csv", "metrics.json"),
-    *("input.png", "input_noise.png", "reconstruction.png", "manifold.png", "latent_map.png"),
-    *("samples.png", "elbo.png", "checkpoint"),
+PICTURES = (
+    *("input.png", "input_noise.png", "reconstruction.png", "denoising.png", "manifold.png"),
+    *("manifold.gif", "latent_map.png", "samples.png", "interpolation.png", "elbo.png"),
 )
-# What a resumed run may be given anew; the other flags are those it began with.
-RESUME_MAY_CHANGE = ("num_epochs", "data_dir", "results_path", "resume", "overwrite")
+MADE_ONCE = ("generated.npz", "reconstructed.npz", "reconstructed.png")
+RESULTS = ("config.json", "log.csv", "metrics.json", *PICTURES, *MADE_ONCE, "checkpoint")
+# What a resumed or loaded run may be given anew, as it may all flags of plots; the other flags are its own.
+AFTERWARDS = ("n_importance", "n_generate", "reconstruct")
+RESUME_MAY_CHANGE = ("num_epochs", "data_dir", "results_path", "resume", "overwrite", *AFTERWARDS)
+LOAD_MAY_CHANGE = ("seed", "data_dir", "results_path", "load", "overwrite", *AFTERWARDS)
 
 
 class UserError(Exception):
@@ -119,8 +128,8 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {self.where}{' '.join(message.split())}\n")
 
 
-def parse_flags(arguments=None):
-    """Returns the flags, checked together. Wrong ones end the program with status 2 and one line."""
+def make_parser():
+    """Returns the parser of the flags."""
     parser = OneLineParser(description="Trains a variational autoencoder on MNIST.", allow_abbrev=False)
 
     def add(group, *names, default=None, help, **more):
@@ -173,6 +182,9 @@ def parse_flags(arguments=None):
         size = "size of a digit, as a multiple of 28 pixels"
         add_both(*names, "resize_factor", type=real(0, 100), default=1.0, help=size)
 
+    add_switch(group, "--augment", default=False, help="learn from 4 turned and shifted copies a digit, too")
+    add_switch(group, "--binarize", default=False, help="draw pixels as black or white, by their grey levels")
+
     group = parser.add_argument_group("plot of reconstructions")
     add_switch(group, "--PRR", "--plot_reconstruction", default=True, help="draw test digits, in and out")
     add_grid(group, "PRR", "plot_reconstruction", n_img=10)
@@ -185,6 +197,8 @@ def parse_flags(arguments=None):
     help = "the manifold shows z from minus this to this"
     add_both(*names, "z_range", type=real(0, 8), default=2.0, help=help)
     add_both(*names, "n_samples", type=whole(1), default=5_000, help="test digits on the map")
+    help = "keep how the manifold forms, a frame an epoch, in manifold.gif"
+    add_switch(group, "--animate", default=False, help=help)
 
     group = parser.add_argument_group("run")
     help = "folder for what the run leaves behind (default: the next free one of results/run1, run2, ...)"
@@ -192,20 +206,60 @@ def parse_flags(arguments=None):
     add_switch(group, "--resume", default=False, help="go on with the run in --results_path")
     add_switch(group, "--overwrite", default=False, help="remove the run in --results_path, then start anew")
 
+    group = parser.add_argument_group("afterwards")
+    help = "folder of a run to take the network from, in place of training"
+    add(group, "--load", type=folder_path, metavar="RUN", help=help)
+    help = "estimate log p(x) of the test digits with so many draws of z each"
+    add(group, "--n_importance", type=whole(1), metavar="K", help=help)
+    help = "write so many new images, and their z, to generated.npz"
+    add(group, "--n_generate", type=whole(1, 10_000_000), metavar="N", help=help)
+    help = "encode and decode the digits in a .npy, .npz or picture file"
+    add(group, "--reconstruct", type=Path, metavar="FILE", help=help)
+
+    return parser
+
+
+def parse_flags(arguments=None):
+    """Returns the flags, checked together. Wrong ones end the program with status 2 and one line."""
+    parser = make_parser()
     flags = parser.parse_args(arguments)
-    for name in ("resume", "overwrite"):
-        if getattr(flags, name) and not flags.results_path:
-            parser.error(f"--{name} needs the run's folder: name it with --results_path")
+    if flags.load and flags.resume:
+        parser.error("--resume trains on and --load does not train: take one of them")
+    if flags.resume and not flags.results_path:
+        parser.error("--resume needs the run's folder: name it with --results_path")
+    if flags.overwrite and not (flags.results_path or flags.load):
+        parser.error("--overwrite needs the run's folder: name it with --results_path")
     if flags.resume and flags.overwrite:
         parser.error("--resume goes on with a run and --overwrite removes it: take one of them")
     if flags.resume:
-        flags = flags_of_run(parser, arguments, flags.results_path)
+        flags = flags_of_run(parser, arguments, "results_path", flags.results_path, RESUME_MAY_CHANGE, ())
+        done = max(checkpoint_epochs(flags.results_path), default=0)
+        if flags.num_epochs < done:
+            run = f"the run in {flags.results_path}"
+            parser.error(f"--num_epochs {flags.num_epochs}: {run} has {done} already; take no fewer")
+    if flags.load:
+        not_taken = ("results_path", *AFTERWARDS)  # asked for each time
+        flags = flags_of_run(parser, arguments, "load", flags.load, LOAD_MAY_CHANGE, not_taken)
+        if not checkpoint_epochs(flags.load):
+            parser.error(f"--load {flags.load} has no checkpoint of a finished epoch; name another run")
+        if not flags.results_path or flags.results_path.resolve() == flags.load.resolve():
+            flags.results_path = flags.load
     flags.learn_rate = flags.learn_rate or LEARN_RATE[flags.optimizer]
     if flags.PMLR is None:
         flags.PMLR = flags.dim_z == 2
+    check_together(parser, flags)
+    return flags
 
+
+def check_together(parser, flags):
+    """Ends the program with one line if flags do not go together."""
     if flags.PMLR and flags.dim_z != 2:
         parser.error(f"--PMLR draws a plane, and --dim_z is {flags.dim_z}: leave it out or take --dim_z 2")
+    if flags.animate and not flags.PMLR:
+        parser.error("--animate shows the manifold: it needs --PMLR and --dim_z 2")
+    if flags.animate and flags.num_epochs > MAX_FRAMES:
+        most = f"take --num_epochs {MAX_FRAMES} or fewer"
+        parser.error(f"--animate keeps a frame an epoch, too many with {flags.num_epochs}: {most}")
     if flags.noise_level != parser.get_default("noise_level") and not flags.add_noise:
         parser.error(f"--noise_level {flags.noise_level} does nothing without --add_noise")
     for plot in ("PRR", "PMLR"):
@@ -224,28 +278,25 @@ def parse_flags(arguments=None):
         parser.error(
             f"--PMLR_n_samples {flags.PMLR_n_samples} is more than the {mnist_data.N_TEST} test digits"
         )
-    return flags
 
 
-def flags_of_run(parser, arguments, folder):
-    """Returns the flags of the run in the folder, with those of the arguments that it may be given anew."""
+def flags_of_run(parser, arguments, flag, folder, may_change, not_taken):
+    """Returns the flags of the run in the folder, with those of the arguments that it may be given anew.
+
+    flag: the one that names the folder. not_taken: flags of the run that count as not given.
+    """
     config = read_config(folder)
-    if not config:
-        parser.error(f"--results_path {folder} has no run to resume, or its config.json is damaged")
+    if not config or config["flags"].get("load"):
+        parser.error(f"--{flag} {folder} has no run that was trained there, or its config.json is damaged")
+    own = {name: value for name, value in config["flags"].items() if name not in not_taken}
     parser.where = f"{folder / 'config.json'}: "
-    written = [f"--{name}={value}" for name, value in config["flags"].items() if value is not None]
-    recorded = parser.parse_args(written)
+    recorded = parser.parse_args([f"--{name}={value}" for name, value in own.items() if value is not None])
     parser.where = ""
     flags = parser.parse_args(arguments, argparse.Namespace(**vars(recorded)))  # keeps what is not given
     for name, value in vars(recorded).items():
         given = getattr(flags, name)
-        if given != value and name not in RESUME_MAY_CHANGE and not name.startswith(("PRR", "PMLR")):
-            parser.error(f"--{name} is {given}, and the run in {folder} has {value}: leave it out to resume")
-    done = max(checkpoint_epochs(folder), default=0)
-    if flags.num_epochs < done:
-        parser.error(
-            f"--num_epochs {flags.num_epochs}: the run in {folder} has {done} already; take no fewer"
-        )
+        if given != value and name not in may_change and not name.startswith(("PRR", "PMLR")):
+            parser.error(f"--{name} is {given}, and the run in {folder} has {value}: leave it out")
     return flags
 
 
@@ -277,7 +328,8 @@ def take_folder(flags):
     It is this program's alone until it ends.
 
     Raises FlagError if it cannot be written, if another program is at work in it, or if it holds a run or
-    files of a run's names and the flags do not say what to do with them.
+    files of a run's names and the flags do not say what to do with them. The run of --load is one that the
+    flags add to.
     """
     folder = flags.results_path or Path("results", "run1")
     if folder.exists() and not folder.is_dir():
@@ -293,6 +345,11 @@ def take_folder(flags):
     except OSError as error:
         problem = f"--results_path {folder} cannot be written: {mnist_data.reason(error)}"
         raise FlagError(f"{problem}; name another folder") from error
+    if folder == flags.load:
+        for name, asked in (("generated.npz", flags.n_generate), ("reconstructed.npz", flags.reconstruct)):
+            if asked and (folder / name).exists() and not flags.overwrite:
+                raise FlagError(f"{folder / name} is there already: add --overwrite or a --results_path")
+        return folder
     if read_config(folder):
         if not (flags.resume or flags.overwrite):
             raise FlagError(f"--results_path {folder} holds a run: add --resume or --overwrite")
@@ -324,6 +381,14 @@ def read_config(folder):
         return config if config["flags"].items() and config["data_sha256"] else None
     except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError):
         return None
+
+
+def read_metrics(folder):
+    """Returns what metrics.json says that was measured of a run: nothing if it is missing or damaged."""
+    try:
+        return dict(json.loads((folder / "metrics.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 def remove_run(folder):
@@ -402,11 +467,21 @@ def remove_checkpoints(folder, epochs):
                 path.unlink()
 
 
+def make_state(network, optimizer, flags):
+    """Returns all that training changes, as a tf.train.Checkpoint: weights, momenta, history, frames."""
+    optimizer.build(network.trainable_variables)
+    state = tf.train.Checkpoint(network=network, optimizer=optimizer, history=tf.Variable(""))
+    if flags.animate:
+        no_frames = frame_of_manifold(network, flags)[None][:0]
+        state.frames = tf.Variable(no_frames, shape=(None, *no_frames.shape[1:]))
+    return state
+
+
 def save_checkpoint(state, history, folder):
     """Writes the complete state after an epoch, and keeps the one before.
 
-    state: tf.train.Checkpoint of network, optimizer and, as JSON, the history. TensorFlow puts a checksum to
-    each part, by which a damaged one is told from a good one.
+    TensorFlow puts a checksum to each part of it, by which a damaged one is told from a good one. The history
+    is in it as JSON.
     """
     epoch = len(history)
     state.history.assign(json.dumps(history))
@@ -499,6 +574,11 @@ def pixels(images):
     return tf.cast(images, tf.float32) / 255
 
 
+def shown(images, flags, seed):
+    """Returns training images (batch, 784) uint8 as the network shall reconstruct them."""
+    return vae.binarize(pixels(images), seed) if flags.binarize else pixels(images)
+
+
 def seen(x, flags, seed):
     """Returns what the encoder sees of images x: (batch, 784)."""
     return vae.salt_and_pepper(x, flags.noise_level, seed) if flags.add_noise else x
@@ -518,7 +598,7 @@ def make_train_steps(network, optimizer, flags):
         step = first
         while step < last:  # XLA compiles `for step in tf.range(first, last)` anew for other bounds
             seed = tf.random.fold_in(tf.stack([flags.seed, epoch]), step)
-            x = pixels(tf.gather(images, batches[step]))
+            x = shown(tf.gather(images, batches[step]), flags, seed)
             with tf.GradientTape() as tape:
                 terms = network.negative_elbo(x, seen(x, flags, seed), seed, flags.keep_prob)
                 reconstruction, kl = (tf.reduce_mean(term) for term in terms)
@@ -548,6 +628,16 @@ def make_evaluate(network, flags):
         return elbo_terms(*np.mean(terms, axis=0))
 
     return evaluate
+
+
+def binarize_once(data, flags):
+    """Returns the data with their validation and test pixels drawn as black or white from the seed."""
+
+    def draw(images, part):
+        x = vae.binarize(pixels(images), tf.random.fold_in([flags.seed, EVALUATION_EPOCH], part))
+        return (255 * x).numpy().astype(np.uint8)
+
+    return data._replace(valid_images=draw(data.valid_images, 0), test_images=draw(data.test_images, 1))
 
 
 def elbo_terms(reconstruction, kl):
@@ -617,17 +707,15 @@ def train(network, evaluate, data, flags, folder, console):
     Returns the pictures' paths. Ctrl-C ends it with a KeyboardInterrupt that says what is there.
     """
     optimizer = make_optimizer(flags, flags.num_epochs * (len(data.train_images) // flags.batch_size))
-    optimizer.build(network.trainable_variables)
-    state = tf.train.Checkpoint(network=network, optimizer=optimizer, history=tf.Variable(""))
+    state = make_state(network, optimizer, flags)
     history = restore_checkpoint(state, folder, console) if flags.resume else []
     if flags.resume:
         write_json(folder / "config.json", configuration(flags))
     if history:
-        for name in RESULTS:  # of an earlier state, and perhaps not wanted any more
-            if name.endswith(".png") or name == "metrics.json":
-                (folder / name).unlink(missing_ok=True)
+        for name in (*PICTURES, "metrics.json"):  # of an earlier state, and perhaps not wanted any more
+            (folder / name).unlink(missing_ok=True)
         write_log(folder / "log.csv", history)
-        pictures = draw_pictures(network, data, flags, history, folder)
+        pictures = draw_pictures(state, data, flags, history, folder)
     train_steps = make_train_steps(network, optimizer, flags)
     images = tf.constant(data.train_images)
     if len(history) < flags.num_epochs:
@@ -646,10 +734,13 @@ def train(network, evaluate, data, flags, folder, console):
                 row |= {f"valid_{name}": value for name, value in evaluate(data.valid_images).items()}
                 row |= {"learn_rate": learn_rate, "seconds": round(seconds, 3)}
                 check_finite(row, flags)
+                if flags.animate:
+                    newest = frame_of_manifold(network, flags)
+                    state.frames.assign(tf.concat([state.frames, newest[None]], axis=0))
                 save_checkpoint(state, [*history, row], folder)
                 history.append(row)
                 write_log(folder / "log.csv", history)
-                pictures = draw_pictures(network, data, flags, history, folder)
+                pictures = draw_pictures(state, data, flags, history, folder)
                 spent = time.perf_counter() - start
                 left = spent / (epoch - n_before) * (flags.num_epochs - epoch)
                 console.line(progress_line(row, flags, left))
@@ -682,64 +773,204 @@ def decode(network, z):
     return tf.sigmoid(network.bernoulli_decoder(tf.constant(z, tf.float32))).numpy()
 
 
-def draw_pictures(network, data, flags, history, folder):
-    """Draws every picture of the network's state into the folder; returns their paths."""
+def manifold(network, flags):
+    """Returns the z of the manifold's columns and of its rows, and the images decoded there."""
+    z_x, z_y = plot_utils.manifold_axes(flags.PMLR_n_img_x, flags.PMLR_n_img_y, flags.PMLR_z_range)
+    z = np.stack(np.meshgrid(z_x, z_y), axis=-1).reshape(-1, 2)
+    return z_x, z_y, decode(network, z)
+
+
+def frame_of_manifold(network, flags):
+    """Returns the manifold as a frame of the animation: (height, width) uint8."""
+    z_x, z_y, images = manifold(network, flags)
+    return plot_utils.frame(images, len(z_x), len(z_y))
+
+
+def draw_pictures(state, data, flags, history, folder):
+    """Draws every picture of the state into the folder; returns their paths."""
+    network = state.network
     seed = [flags.seed, EVALUATION_EPOCH]
-    grid = (flags.PRR_n_img_x, flags.PRR_n_img_y, flags.PRR_resize_factor)
-    n_digits = flags.PRR_n_img_x * flags.PRR_n_img_y
+    n_x, n_y = flags.PRR_n_img_x, flags.PRR_n_img_y
+    grid = (n_x, n_y, flags.PRR_resize_factor)
     pictures = {}
     if flags.PRR:
-        x = pixels(data.test_images[:n_digits])
+        x = pixels(data.test_images[: n_x * n_y])
         x_seen = seen(x, flags, seed)
-        pictures["input"] = plot_utils.image_grid(x.numpy(), *grid)
-        if flags.add_noise:
-            pictures["input_noise"] = plot_utils.image_grid(x_seen.numpy(), *grid)
         mean, _ = network.gaussian_encoder(x_seen)
-        pictures["reconstruction"] = plot_utils.image_grid(decode(network, mean), *grid)
+        restored = decode(network, mean)
+        pictures["input.png"] = plot_utils.image_grid(x.numpy(), *grid)
+        if flags.add_noise:
+            pictures["input_noise.png"] = plot_utils.image_grid(x_seen.numpy(), *grid)
+        pictures["reconstruction.png"] = plot_utils.image_grid(restored, *grid)
+        if flags.add_noise:
+            pictures["denoising.png"] = plot_utils.comparison([x.numpy(), x_seen.numpy(), restored], n_x, n_y)
     if flags.PMLR:
-        z_x, z_y = plot_utils.manifold_axes(flags.PMLR_n_img_x, flags.PMLR_n_img_y, flags.PMLR_z_range)
-        z = np.stack(np.meshgrid(z_x, z_y), axis=-1).reshape(-1, 2)
-        pictures["manifold"] = plot_utils.manifold(decode(network, z), z_x, z_y, flags.PMLR_resize_factor)
+        z_x, z_y, images = manifold(network, flags)
+        pictures["manifold.png"] = plot_utils.manifold(images, z_x, z_y, flags.PMLR_resize_factor)
+        if flags.animate:
+            pictures["manifold.gif"] = plot_utils.animation(state.frames.numpy())
         x = pixels(data.test_images[: flags.PMLR_n_samples])
         mean, _ = network.gaussian_encoder(seen(x, flags, seed))
-        pictures["latent_map"] = plot_utils.latent_map(mean.numpy(), data.test_labels[: flags.PMLR_n_samples])
-    z = vae.sample_prior(n_digits, flags.dim_z, seed)
-    pictures["samples"] = plot_utils.image_grid(decode(network, z), *grid)
+        labels = data.test_labels[: flags.PMLR_n_samples]
+        pictures["latent_map.png"] = plot_utils.latent_map(mean.numpy(), labels)
+    z = vae.sample_prior(n_x * n_y, flags.dim_z, seed)
+    pictures["samples.png"] = plot_utils.image_grid(decode(network, z), *grid)
+    x = pixels(data.test_images[: 2 * N_LINES])
+    mean, _ = network.gaussian_encoder(seen(x, flags, seed))
+    z = np.linspace(mean[::2], mean[1::2], LINE_STEPS, axis=1)
+    lines = decode(network, z.reshape(-1, flags.dim_z)).reshape(N_LINES, LINE_STEPS, -1)
+    pictures["interpolation.png"] = plot_utils.interpolation(x[::2].numpy(), lines, x[1::2].numpy())
     curves = ([row[f"{part}_elbo"] for row in history] for part in ("train", "valid"))
-    pictures["elbo"] = plot_utils.elbo_curves(*curves)
-    for name, png in pictures.items():
-        mnist_data.write_whole(folder / f"{name}.png", png)
-    return [folder / f"{name}.png" for name in pictures]
+    pictures["elbo.png"] = plot_utils.elbo_curves(*curves)
+    for name, content in pictures.items():
+        mnist_data.write_whole(folder / name, content)
+    return [folder / name for name in pictures]
 
 
-def run(flags, console):
-    """Does what the flags ask for, from the data to the pictures."""
-    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(f"this Python lacks {', '.join(missing)}: pip install -r requirements.txt")
+def peak_signal_to_noise(x, clean):
+    """Returns the PSNR in decibels of images x against clean ones, both (n, 784) in [0, 1]."""
+    return -10 * math.log10(np.mean((x - clean) ** 2))
+
+
+def make_metrics(network, evaluate, data, flags, console):
+    """Returns what is measured on the test digits, by name, and says it on the console."""
+    test = evaluate(data.test_images)
+    metrics = {f"test_{name}": value for name, value in test.items()}
+    console.line("test ELBO {elbo:.2f} = -({reconstruction:.2f} + {kl:.2f}) nats per image".format(**test))
+    if flags.add_noise or flags.n_importance:
+        x = pixels(data.test_images)
+        x_seen = seen(x, flags, [flags.seed, EVALUATION_EPOCH])
+        mean, _ = network.gaussian_encoder(x_seen)
+    if flags.add_noise:
+        noisy, restored = (peak_signal_to_noise(images, x) for images in (x_seen, decode(network, mean)))
+        metrics |= {"psnr_noisy": noisy, "psnr_restored": restored}
+        console.line(f"PSNR {noisy:.2f} dB with noise, {restored:.2f} dB restored")
+    if flags.n_importance:
+        log_px = log_marginal_likelihood(network, data.test_images, flags, console)
+        active = int(vae.active_units(mean))
+        metrics |= {"test_log_px": log_px, "n_importance": flags.n_importance, "active_units": active}
+        draws = f"{flags.n_importance:,} draws"
+        console.line(f"test log p(x) {log_px:.2f} nats per image, {draws}; {active} active latent units")
+    return metrics
+
+
+def log_marginal_likelihood(network, images, flags, console):
+    """Returns the mean of log p(x) over images (n, 784) uint8, nats per image."""
+
+    @tf.function(jit_compile=True)
+    def of_block(images, block):
+        seed = tf.random.fold_in(tf.stack([flags.seed, EVALUATION_EPOCH]), block)
+        x = pixels(images)
+        return network.log_marginal_likelihood(x, seen(x, flags, seed), flags.n_importance, seed)
+
+    blocks = images.reshape(-1, IMPORTANCE_BLOCK, images.shape[1])
+    log_px = []
+    for i, block in enumerate(blocks):
+        console.bar("log p(x)", i, len(blocks))
+        log_px.append(of_block(tf.constant(block), tf.constant(i)).numpy())
+    return float(np.mean(log_px, dtype=np.float64))
+
+
+def generate(network, flags, console):
+    """Returns new images (n, 28, 28) uint8 and their z (n, dim_z), drawn from the prior."""
+    images = np.empty((flags.n_generate, 784), np.uint8)
+    z = np.empty((flags.n_generate, flags.dim_z), np.float32)
+    for block, first in enumerate(range(0, flags.n_generate, GENERATED_BLOCK)):
+        console.bar("new images", first, flags.n_generate)
+        seed = tf.random.fold_in([flags.seed, EVALUATION_EPOCH], block)
+        draws = vae.sample_prior(GENERATED_BLOCK, flags.dim_z, seed)
+        x = decode(network, draws)
+        x = vae.binarize(x, seed).numpy() if flags.binarize else x
+        last = min(first + GENERATED_BLOCK, flags.n_generate)
+        images[first:last] = np.rint(255 * x)[: last - first]
+        z[first:last] = draws[: last - first]
+    return {"images": images.reshape(-1, 28, 28), "z": z}
+
+
+def read_own_images(flags):
+    """Returns the images that --reconstruct names: (n, 784), or None; FlagError if they are no digits."""
+    if flags.reconstruct is None:
+        return None
+    try:
+        return mnist_data.read_images(flags.reconstruct)
+    except mnist_data.Unusable as error:
+        raise FlagError(f"--reconstruct {flags.reconstruct} {error}") from error
+
+
+def write_arrays(path, arrays):
+    """Writes arrays by name to a .npz file, whole or not at all."""
+    with mnist_data.whole_file(path) as file:
+        np.savez(file, **arrays)
+
+
+def reconstruct(network, x, folder):
+    """Encodes and decodes images x: (n, 784); writes the result and a picture of at most 100 of them.
+
+    Returns the two files' paths.
+    """
+    mean, _ = network.gaussian_encoder(x)
+    reconstruction = decode(network, mean)
+    images = np.rint(255 * reconstruction).astype(np.uint8).reshape(-1, 28, 28)
+    write_arrays(folder / "reconstructed.npz", {"images": images, "z": mean.numpy()})
+    n_x = min(len(x), 10)
+    n_y = min(len(x) // n_x, 10)
+    rows = [batch[: n_x * n_y] for batch in (x, reconstruction)]
+    mnist_data.write_whole(folder / "reconstructed.png", plot_utils.comparison(rows, n_x, n_y))
+    return [folder / "reconstructed.npz", folder / "reconstructed.png"]
+
+
+def prepare(flags, console):
+    """Returns the folder for the results, with its config.json where it is not there yet, and the data."""
     folder = take_folder(flags)
     try:
-        console.line(f"{folder}: dim_z {flags.dim_z}, {flags.num_epochs} epochs of {flags.optimizer}")
+        training = f"{flags.num_epochs} epochs of {flags.optimizer}"
+        task = f"the network of {flags.load}" if flags.load else training
+        console.line(f"{folder}: dim_z {flags.dim_z}, {task}")
         data = mnist_data.load_mnist(flags.data_dir, console)
     except BaseException:
         if not flags.results_path:
             folder.rmdir()  # just created, and nothing is in it
         raise
-    if flags.overwrite:
-        remove_run(folder)
-    if flags.resume:  # the config is written once a checkpoint is found that fits
-        remove_unfinished(folder)
-    else:
-        write_json(folder / "config.json", configuration(flags))
+    if folder != flags.load:
+        if flags.overwrite:
+            remove_run(folder)
+        if flags.resume:  # the config is written once a checkpoint is found that fits
+            remove_unfinished(folder)
+        else:
+            write_json(folder / "config.json", configuration(flags))
+    if flags.augment and not flags.load:
+        augmented = mnist_data.augment(data.train_images, flags.seed, console)
+        data = data._replace(train_images=augmented)
+    return folder, data
+
+
+def run(flags, console):
+    """Does what the flags ask for, from the data to the results."""
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"this Python lacks {', '.join(missing)}: pip install -r requirements.txt")
+    own_images = read_own_images(flags)
+    folder, data = prepare(flags, console)
     console.line("loading TensorFlow")
     import_tensorflow()
+    if flags.binarize:
+        data = binarize_once(data, flags)
     network = vae.VAE(flags.dim_z, flags.n_hidden, data.train_images.mean(axis=0) / 255, flags.seed)
     evaluate = make_evaluate(network, flags)
-    pictures = train(network, evaluate, data, flags, folder, console)
-    test = evaluate(data.test_images)
-    write_json(folder / "metrics.json", {f"test_{name}": value for name, value in test.items()})
-    console.line("test ELBO {elbo:.2f} = -({reconstruction:.2f} + {kl:.2f}) nats per image".format(**test))
-    for path in pictures:
+    if flags.load:
+        state = make_state(network, make_optimizer(flags, 1), flags)
+        history = restore_checkpoint(state, flags.load, console)
+        results = draw_pictures(state, data, flags, history, folder)
+    else:
+        results = train(network, evaluate, data, flags, folder, console)
+    metrics = make_metrics(network, evaluate, data, flags, console)
+    write_json(folder / "metrics.json", read_metrics(folder) | metrics)
+    if flags.n_generate:
+        write_arrays(folder / "generated.npz", generate(network, flags, console))
+        results.append(folder / "generated.npz")
+    if flags.reconstruct:
+        results += reconstruct(network, own_images, folder)
+    for path in results:
         console.line(f"  {path}")
 
 

@@ -20,6 +20,12 @@ from tensorflow import keras
 
 N_PIXELS = 28 * 28
 
+# What is folded into one seed, so that its draws for different purposes are independent. Dropout's layers
+# have 1 to 4, reparameterize has the seed itself.
+NOISE, PIXELS, IMPORTANCE = 0, 5, 6
+
+IMPORTANCE_BLOCK = 50  # draws of z for an image at a time; bounds the memory that any number of them takes
+
 
 class VAE(keras.Model):
     """The overall network: the weights of encoder and decoder, and what is computed with them.
@@ -88,6 +94,33 @@ class VAE(keras.Model):
         mean, log_var, logits = self.autoencoder(x_seen, seed, keep_prob)
         return reconstruction_error(x, logits), kl_divergence(mean, log_var)
 
+    def log_marginal_likelihood(self, x, x_seen, n_importance, seed):
+        """log p(x) in nats, (batch,), estimated by importance sampling with n_importance draws of z an image.
+
+        log p(x) ~ logsumexp_k [log p(x|z_k) + log p(z_k) - log q(z_k|x)] - log n_importance, z_k ~ q(z|x).
+        With one draw its mean is the ELBO; it rises with their number towards log p(x) (Burda et al. 2016,
+        section 3). x and x_seen as in negative_elbo.
+        """
+        mean, log_var = self.gaussian_encoder(x_seen)
+        seed = tf.random.fold_in(seed, IMPORTANCE)
+        log_sum = tf.fill([x.shape[0]], -np.inf)
+        n_done = 0
+        while n_done < n_importance:
+            # (draws, batch, ...) from here on
+            epsilon = tf.random.stateless_normal(
+                (IMPORTANCE_BLOCK, *mean.shape), tf.random.fold_in(seed, n_done)
+            )
+            z = mean + tf.exp(log_var / 2) * epsilon
+            logits = tf.reshape(self.bernoulli_decoder(tf.reshape(z, (-1, z.shape[2]))), (-1, *x.shape))
+            log_px_z = -reconstruction_error(tf.broadcast_to(x, logits.shape), logits)
+            # log p(z) - log q(z|x), in which the terms with 2 pi cancel
+            log_ratio = tf.reduce_sum(epsilon**2 + log_var - z**2, axis=2) / 2
+            wanted = n_done + tf.range(IMPORTANCE_BLOCK) < n_importance
+            log_weights = tf.where(wanted[:, None], log_px_z + log_ratio, -np.inf)
+            log_sum = tf.reduce_logsumexp(tf.concat([log_sum[None], log_weights], axis=0), axis=0)
+            n_done += IMPORTANCE_BLOCK
+        return log_sum - tf.math.log(tf.cast(n_importance, tf.float32))
+
 
 def dropout(h, keep_prob, seed, layer):
     """Zeros each unit of h with chance 1 - keep_prob and scales the others by 1 / keep_prob.
@@ -116,9 +149,10 @@ def reparameterize(mean, log_var, seed):
 def reconstruction_error(x, logits):
     """-log p(x|z) in nats, (batch,): binary cross-entropy summed over the pixels, x and logits (batch, 784).
 
-    Equation 11 of the paper, from logits, so that no probability needs clipping.
+    Equation 11 of the paper, from logits, so that no probability needs clipping. There may be more axes in
+    front of the last.
     """
-    return tf.reduce_sum(tf.nn.sigmoid_cross_entropy_with_logits(labels=x, logits=logits), axis=1)
+    return tf.reduce_sum(tf.nn.sigmoid_cross_entropy_with_logits(labels=x, logits=logits), axis=-1)
 
 
 def kl_divergence(mean, log_var):
@@ -136,5 +170,22 @@ def sample_prior(n, dim_z, seed):
 
 def salt_and_pepper(x, noise_level, seed):
     """Returns x: (batch, 784) with each pixel replaced, with chance noise_level, by 0 or 1 at even odds."""
-    u = tf.random.stateless_uniform(tf.shape(x), tf.random.fold_in(seed, 0))
+    u = tf.random.stateless_uniform(tf.shape(x), tf.random.fold_in(seed, NOISE))
     return tf.where(u < noise_level / 2, 0.0, tf.where(u < noise_level, 1.0, x))
+
+
+def binarize(x, seed):
+    """Returns x: (batch, 784) with each pixel drawn as 1, with its grey level for chance, or 0.
+
+    Salakhutdinov and Murray 2008. Of such images the Bernoulli decoder gives a real likelihood.
+    """
+    u = tf.random.stateless_uniform(tf.shape(x), tf.random.fold_in(seed, PIXELS))
+    return tf.cast(u < x, tf.float32)
+
+
+def active_units(mean):
+    """Returns how many latent units of mean: (n, dim_z), over n images, carry something about an image.
+
+    Those whose variance over the images is above 0.01 (Burda et al. 2016, section 5.2).
+    """
+    return tf.math.count_nonzero(tf.math.reduce_variance(mean, axis=0) > 0.01)
