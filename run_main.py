@@ -858,16 +858,17 @@ def log_marginal_likelihood(network, images, flags, console):
     """Returns the mean of log p(x) over images (n, 784) uint8, nats per image."""
 
     @tf.function(jit_compile=True)
-    def of_block(images, block):
+    def of_block(images, block, n_importance):  # as a constant, XLA would unroll the loop over draws
         seed = tf.random.fold_in(tf.stack([flags.seed, EVALUATION_EPOCH]), block)
         x = pixels(images)
-        return network.log_marginal_likelihood(x, seen(x, flags, seed), flags.n_importance, seed)
+        return network.log_marginal_likelihood(x, seen(x, flags, seed), n_importance, seed)
 
     blocks = images.reshape(-1, IMPORTANCE_BLOCK, images.shape[1])
     log_px = []
     for i, block in enumerate(blocks):
         console.bar("log p(x)", i, len(blocks))
-        log_px.append(of_block(tf.constant(block), tf.constant(i)).numpy())
+        arguments = map(tf.constant, (block, i, flags.n_importance))
+        log_px.append(of_block(*arguments).numpy())
     return float(np.mean(log_px, dtype=np.float64))
 
 
@@ -904,7 +905,7 @@ def write_arrays(path, arrays):
 
 
 def reconstruct(network, x, folder):
-    """Encodes and decodes images x: (n, 784); writes the result and a picture of at most 100 of them.
+    """Encodes and decodes images x: (n, 784); writes the result and a picture of the first 100 beside theirs.
 
     Returns the two files' paths.
     """
@@ -912,10 +913,10 @@ def reconstruct(network, x, folder):
     reconstruction = decode(network, mean)
     images = np.rint(255 * reconstruction).astype(np.uint8).reshape(-1, 28, 28)
     write_arrays(folder / "reconstructed.npz", {"images": images, "z": mean.numpy()})
-    n_x = min(len(x), 10)
-    n_y = min(len(x) // n_x, 10)
-    rows = [batch[: n_x * n_y] for batch in (x, reconstruction)]
-    mnist_data.write_whole(folder / "reconstructed.png", plot_utils.comparison(rows, n_x, n_y))
+    n = min(len(x), 100)
+    n_x, n_y = min(n, 10), math.ceil(n / 10)
+    in_and_out = [np.pad(batch[:n], ((0, n_x * n_y - n), (0, 0))) for batch in (x, reconstruction)]
+    mnist_data.write_whole(folder / "reconstructed.png", plot_utils.comparison(in_and_out, n_x, n_y))
     return [folder / "reconstructed.npz", folder / "reconstructed.png"]
 
 

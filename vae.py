@@ -99,7 +99,7 @@ class VAE(keras.Model):
 
         log p(x) ~ logsumexp_k [log p(x|z_k) + log p(z_k) - log q(z_k|x)] - log n_importance, z_k ~ q(z|x).
         With one draw its mean is the ELBO; it rises with their number towards log p(x) (Burda et al. 2016,
-        section 3). x and x_seen as in negative_elbo.
+        section 3). x and x_seen as in negative_elbo; n_importance is a scalar tensor where this is compiled.
         """
         mean, log_var = self.gaussian_encoder(x_seen)
         seed = tf.random.fold_in(seed, IMPORTANCE)

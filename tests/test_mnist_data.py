@@ -1,6 +1,5 @@
 """The data: parsing, verification, every source and the order among them."""
 
-import contextlib
 import gzip
 import hashlib
 import pickle
@@ -13,6 +12,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 from conftest import ROOT
+from PIL import Image
 
 import mnist_data
 from mnist_data import DataError, Unusable
@@ -269,16 +269,141 @@ def test_unwritable_folder_is_named(small, tmp_path, console, serve, monkeypatch
     assert (tmp_path / "file").read_bytes() == b"in the way"
 
 
-def test_write_whole_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):
+def test_a_file_written_whole_leaves_the_old_one_when_it_fails(tmp_path):
     path = tmp_path / "file"
     mnist_data.write_whole(path, b"old")
-
-    def full(part, content):
-        part.open("wb").write(content[:1])
+    with (
+        pytest.raises(OSError, match=r"No space left on device: .*file'"),
+        mnist_data.whole_file(path) as file,
+    ):
+        file.write(b"n")
         raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(type(path), "write_bytes", full)
-    with contextlib.suppress(OSError):
-        mnist_data.write_whole(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+# --- copies of the training digits and digits of one's own -------------------------------------------
+
+
+def test_augment_turns_and_shifts_copies(console):
+    """Two spots, one of them in the centre: it shows the shift, and from it the other shows the angle."""
+    rows, columns = np.mgrid[:28, :28]
+
+    def spot(y, x):
+        return 200 * np.exp(-((rows - y) ** 2 + (columns - x) ** 2) / 4)
+
+    image = np.rint(spot(13.5, 13.5) + spot(13.5, 21.5)).astype(np.uint8)
+    images = np.repeat(image.reshape(1, 784), 300, axis=0)
+    augmented = mnist_data.augment(images, 0, console)
+    assert (augmented.shape, augmented.dtype) == ((1_500, 784), np.uint8)
+    np.testing.assert_array_equal(augmented[:300], images)
+    middles, angles = [], []
+    for copy in augmented[300:].reshape(-1, 28, 28).astype(float):
+        y, x = (np.average(axis, weights=copy) for axis in (rows, columns))
+        spread = np.cov(rows.ravel(), columns.ravel(), aweights=copy.ravel())
+        angle = 0.5 * np.arctan2(2 * spread[0, 1], spread[1, 1] - spread[0, 0])
+        angles.append(np.degrees(angle))
+        middles.append((y - 4 * np.sin(angle) - 13.5, x - 4 * np.cos(angle) - 13.5))
+    for values, limit in ((np.array(angles), 15), (np.array(middles), 2)):
+        assert -limit * 1.1 < values.min() < -0.9 * limit
+        assert 0.9 * limit < values.max() < limit * 1.1
+        assert abs(values.mean()) < 0.1 * limit
+
+
+def test_augment_keeps_the_background_black_and_follows_the_seed(mnist, console):
+    images = mnist.train_images[:200]
+    augmented = mnist_data.augment(images, 3, console)
+    ink = augmented.reshape(5, 200, 784)
+    assert (
+        np.abs((ink > 0).mean(axis=(1, 2)) / (images > 0).mean() - 1) < 0.35
+    ).all()  # the strokes' edges grow
+    assert ink.mean(axis=(1, 2)) == pytest.approx(np.full(5, images.mean()), rel=0.02)
+    assert (mnist_data.augment(np.zeros_like(images), 3, console) == 0).all()
+    np.testing.assert_array_equal(mnist_data.augment(images, 3, console), augmented)
+    assert (mnist_data.augment(images, 4, console) != augmented).any()
+
+
+LEVELS = np.random.default_rng(0).integers(0, 256, (3, 28, 28)).astype(np.uint8)
+
+
+def write_images(path, images):
+    if path.suffix == ".npy":
+        np.save(path, images)
+    elif path.suffix == ".npz":
+        np.savez(path, images=images, z=np.zeros((3, 2)))
+    else:
+        Image.fromarray(images).save(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "images", "expected"),
+    [
+        ("many.npy", LEVELS, LEVELS / 255),
+        ("many.npz", LEVELS, LEVELS / 255),
+        ("one.npy", LEVELS[0], LEVELS[:1] / 255),
+        ("rows.npy", LEVELS.reshape(3, 784), LEVELS / 255),
+        ("reals.npy", LEVELS / 255, LEVELS / 255),
+        ("long.npy", LEVELS.astype(np.int64), LEVELS / 255),
+        ("truth.npy", LEVELS > 99, LEVELS > 99),
+        ("grey.png", LEVELS[0], LEVELS[:1] / 255),
+        ("grey.bmp", LEVELS[0], LEVELS[:1] / 255),
+        ("grey_as_rgb.png", np.stack([LEVELS[0]] * 3, axis=-1), LEVELS[:1] / 255),
+        ("opaque.png", np.dstack([LEVELS[0]] * 3 + [np.full((28, 28), 255, np.uint8)]), LEVELS[:1] / 255),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_own_images_are_read(tmp_path, name, images, expected):
+    x = mnist_data.read_images(write_images(tmp_path / name, images))
+    assert x.dtype == np.float32
+    np.testing.assert_allclose(x, expected.reshape(-1, 784), atol=1e-6)
+
+
+def test_the_only_array_of_a_file_needs_no_name(tmp_path):
+    np.savez(tmp_path / "digits.npz", mine=LEVELS)
+    np.testing.assert_allclose(mnist_data.read_images(tmp_path / "digits.npz"), LEVELS.reshape(3, 784) / 255)
+
+
+@pytest.mark.parametrize(
+    ("name", "images", "words"),
+    [
+        ("large.npy", LEVELS[:, :27], "shape (3, 27, 28)"),
+        ("large.png", np.vstack([LEVELS[0], LEVELS[1]]), "shape (56, 28)"),
+        ("number.npy", np.array(3.0), "shape ()"),
+        ("none.npy", LEVELS[:0], "no image"),
+        ("out.npy", LEVELS.astype(float), "pixels from 0.0 to 255.0"),
+        ("negative.npy", LEVELS.astype(int) - 1, "pixels from -1 to"),
+        ("nan.npy", np.where(LEVELS > 250, np.nan, LEVELS / 255), "pixels from nan"),
+        ("ones.npy", (LEVELS > 99).astype(np.uint8), "from 0 to 1"),
+        ("words.npy", LEVELS.astype(str), "type <U"),
+        ("objects.npy", np.full((1, 28, 28), None), "cannot be read"),
+        ("colour.png", np.stack(list(LEVELS), axis=-1), "colour"),
+        ("glass.png", np.dstack([LEVELS[0]] * 4), "transparent"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_unusable_images_are_refused_in_a_line(tmp_path, name, images, words):
+    with pytest.raises(Unusable) as refusal:
+        mnist_data.read_images(write_images(tmp_path / name, images))
+    assert words in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["broken.npy", "broken.npz", "broken.png", "broken.jpg", "digits.txt"])
+@pytest.mark.parametrize("content", ["empty", "noise", "truncated", "missing"])
+def test_broken_images_are_refused_in_a_line(tmp_path, name, content):
+    path = tmp_path / name
+    if content == "truncated" and path.suffix != ".txt":
+        whole = write_images(path, LEVELS[0]).read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
+    elif content != "missing":
+        path.write_bytes(b"" if content == "empty" else bytes(range(256)))
+    with pytest.raises(Unusable, match="cannot be read") as refusal:
+        mnist_data.read_images(path)
+    assert "\n" not in str(refusal.value)
+
+
+def test_several_arrays_without_one_named_images_are_refused(tmp_path):
+    np.savez(tmp_path / "two.npz", one=LEVELS, two=LEVELS)
+    with pytest.raises(Unusable, match="images"):
+        mnist_data.read_images(tmp_path / "two.npz")

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
+from PIL import Image
 from scipy import stats
+from scipy.ndimage import gaussian_filter, zoom
 
 import plot_utils
 
@@ -49,6 +51,53 @@ def test_resized_digits(factor):
     assert (picture[middle + edge :, :side] < 15).all()
     assert (picture[:, side : side + middle - edge] > 240).all()
     assert (picture[:, side + middle + edge :] < 15).all()
+
+
+def test_comparison_has_each_digit_above_what_was_made_of_it(digits):
+    images, batch = digits
+    picture = decode(plot_utils.comparison([batch, 1 - batch, batch], n_x=3, n_y=2))[..., 0]
+    first, second = (np.hstack(images[row]) for row in (slice(0, 3), slice(3, 6)))
+    gap = np.full((plot_utils.GAP, 3 * 28), 255)
+    expected = np.vstack([first, 255 - first, first, gap, second, 255 - second, second])
+    np.testing.assert_array_equal(picture, expected)
+
+
+def test_interpolation_has_a_row_a_pair(digits):
+    images, batch = digits
+    lines = np.stack([batch[[2, 3, 0]], batch[[3, 2, 1]]])
+    picture = decode(plot_utils.interpolation(batch[:2], lines, batch[4:]))[..., 0]
+    gap = np.full((28, plot_utils.GAP), 255)
+    rows = [
+        np.hstack([images[0], gap, *images[[2, 3, 0]], gap, images[4]]),
+        np.hstack([images[1], gap, *images[[3, 2, 1]], gap, images[5]]),
+    ]
+    np.testing.assert_array_equal(picture, np.vstack(rows))
+
+
+def test_animation_has_every_frame_in_order():
+    blocks = np.random.default_rng(0).integers(0, 2, (30, 4, 4))
+    batches = np.kron(blocks, np.ones((28, 28))).reshape(30, 4, 28, 4, 28).swapaxes(2, 3)
+    frames = np.stack([plot_utils.frame(batch.reshape(16, 784), 4, 4) for batch in batches])
+    gif = Image.open(io.BytesIO(plot_utils.animation(frames)))
+    assert (gif.n_frames, gif.info["loop"]) == (30, 0)
+    for n, block in enumerate(blocks):
+        gif.seek(n)
+        np.testing.assert_array_equal(np.asarray(gif.convert("L")), np.kron(255 * block, np.ones((28, 28))))
+        assert gif.info["duration"] == (2_000 if n == 29 else 200)
+
+
+def test_an_animation_stays_small():
+    """A hundred frames of 400 digits, none of which resembles the one before."""
+    rng = np.random.default_rng(0)
+    strokes = zoom(rng.random((400, 7, 7)), (1, 4, 4), order=3) > 0.6
+    frames = [
+        plot_utils.frame(
+            gaussian_filter(rng.permutation(strokes).astype(float), (0, 1, 1)).reshape(-1, 784), 20, 20
+        )
+        for _ in range(10)
+    ]
+    assert frames[0].shape == (400, 400)
+    assert 10 * len(plot_utils.animation(np.stack(frames))) < 8e6
 
 
 def test_manifold_axes_have_equal_steps_of_probability():

@@ -10,6 +10,7 @@ import subprocess
 
 import numpy as np
 import pytest
+from PIL import Image
 from test_run_main import FLAGS, few, read_log
 
 import run_main
@@ -120,8 +121,7 @@ def test_no_damage_gets_into_the_weights(trained, tmp_path, console):
     good = trained("run", 2)
     network = vae.VAE(2, 64, np.zeros(784), seed=1)
     optimizer = run_main.make_optimizer(run_main.parse_flags([*FLAGS]), 4)
-    optimizer.build(network.trainable_variables)
-    state = tf.train.Checkpoint(network=network, optimizer=optimizer, history=tf.Variable(""))
+    state = run_main.make_state(network, optimizer, run_main.parse_flags([*FLAGS]))
     rng = random.Random(0)
     for path in (tmp_path / "run" / "checkpoint").glob("epoch-2.*"):
         content = path.read_bytes()
@@ -139,12 +139,20 @@ def test_no_damage_gets_into_the_weights(trained, tmp_path, console):
         path.write_bytes(content)
 
 
-@pytest.mark.parametrize("more", [["--optimizer", "adam"], ["--add_noise"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "more",
+    [["--optimizer", "adam"], ["--add_noise"], ["--binarize"], ["--PMLR", "--animate"]],
+    ids=lambda flags: flags[-1],
+)
 def test_other_states_are_restored_too(trained, tmp_path, more):
-    good = trained("whole", 3, *more)
-    for path in (tmp_path / "whole" / "checkpoint").glob("epoch-3.*"):
+    good = trained("run", 3, *more)
+    pictures = {path: path.read_bytes() for path in (tmp_path / "run").glob("*.*g*")}
+    for path in (tmp_path / "run" / "checkpoint").glob("epoch-3.*"):
         path.unlink()
-    assert all(map(np.array_equal, good, trained("whole", 3, *more, resume=True)))
+    assert all(map(np.array_equal, good, trained("run", 3, *more, resume=True)))
+    assert {path: path.read_bytes() for path in (tmp_path / "run").glob("*.*g*")} == pictures
+    if "--animate" in more:
+        assert Image.open(tmp_path / "run" / "manifold.gif").n_frames == 3
 
 
 @pytest.mark.parametrize("epoch", [1, 3])
@@ -379,10 +387,10 @@ def test_full_disk_names_the_file(monkeypatch, tmp_path, capsys, data_dir, name)
 
     def full(path, content):
         if path.name == name:
-            monkeypatch.setattr(type(path), "write_bytes", no_space)
+            monkeypatch.setattr(type(path), "open", no_space)
         write(path, content)
 
-    def no_space(path, content):
+    def no_space(path, mode):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(run_main.mnist_data, "write_whole", full)

@@ -7,10 +7,14 @@ import os
 import pty
 import signal
 import sys
+from types import SimpleNamespace
 
+import conftest
 import numpy as np
 import pytest
 from matplotlib.image import imread
+from scipy import stats
+from scipy.special import logsumexp
 
 import mnist_data
 import run_main
@@ -73,6 +77,13 @@ def test_help_answers_without_tensorflow(program, without_tensorflow):
         ("--PRR_resize_factor 0.01", ["--PRR_resize_factor 0.01", "0.04"]),
         ("--PMLR_n_img_x 1000 --PMLR_n_img_y 1000 --PMLR_resize_factor 0.1", ["--PMLR_n_img_x", "10000"]),
         ("--noise_level 0.3", ["--noise_level 0.3", "--add_noise"]),
+        ("--animate --dim_z 5", ["--animate", "--PMLR", "--dim_z"]),
+        ("--animate --num_epochs 101", ["--animate", "101", "100"]),
+        ("--n_importance 0", ["--n_importance", "'0'", "from 1"]),
+        ("--n_generate 1e6", ["--n_generate", "'1e6'", "10000000"]),
+        ("--load nowhere", ["--load nowhere", "config.json"]),
+        ("--load nowhere --resume", ["--load", "--resume"]),
+        ("--reconstruct nowhere.png", ["--reconstruct nowhere.png", "No such file"]),
         ("--add_noise --noise_level 1.5", ["--noise_level", "'1.5'"]),
         ("--results_path=", ["--results_path", "folder"]),
         ("--dim", ["--dim"]),
@@ -220,7 +231,8 @@ def test_the_manifolds_axes_are_the_latent_ones(mnist, tmp_path):
     """z1 grows to the right, z2 upwards."""
     flags = run_main.parse_flags(["--PMLR_n_img_x", "4", "--PMLR_n_img_y", "3"])
     history = [{"train_elbo": -1.0, "valid_elbo": -1.0}]
-    run_main.draw_pictures(Recorder(), mnist, flags, history, tmp_path)
+    state = SimpleNamespace(network=Recorder())
+    run_main.draw_pictures(state, mnist, flags, history, tmp_path)
     picture = imread(tmp_path / "manifold.png")[10 : 10 + 3 * 28, 60 : 60 + 4 * 28, 0]
     tiles = picture.reshape(3, 28, 4, 28)
     first, second = tiles[:, 14, :, 7], tiles[:, 14, :, 21]
@@ -245,6 +257,7 @@ def test_a_run_leaves_what_it_says(program, data_dir, mnist, tmp_path):
         "manifold.png",
         "latent_map.png",
         "samples.png",
+        "interpolation.png",
         "elbo.png",
     ]
     assert {path.name for path in folder.iterdir()} == {
@@ -277,8 +290,8 @@ def test_a_run_leaves_what_it_says(program, data_dir, mnist, tmp_path):
             assert f"{row[name]:.2f}" in line
         assert "left" in line
     assert "\r" not in out  # the bar is for terminals
-    assert f"{metrics['test_elbo']:.2f}" in lines[-7]
-    assert [line.strip() for line in lines[-6:]] == [f"results/run1/{picture}" for picture in pictures]
+    assert f"{metrics['test_elbo']:.2f}" in lines[-8]
+    assert [line.strip() for line in lines[-7:]] == [f"results/run1/{picture}" for picture in pictures]
 
     pixels = (255 * imread(folder / "input.png")[..., 0]).round()
     rows = [np.hstack(mnist.test_images[10 * row : 10 * row + 10].reshape(-1, 28, 28)) for row in range(10)]
@@ -307,8 +320,11 @@ def test_denoising_run(program, data_dir, tmp_path):
     assert run.communicate()[1] == ""
     assert run.returncode == 0
     pictures = {path.name for path in (tmp_path / "out").glob("*.png")}
-    assert pictures == {"input.png", "input_noise.png", "reconstruction.png", "samples.png", "elbo.png"}
-    clean, noisy = (imread(tmp_path / "out" / name)[..., 0] for name in ("input.png", "input_noise.png"))
+    every_run = {"input.png", "reconstruction.png", "samples.png", "interpolation.png", "elbo.png"}
+    assert pictures == every_run | {"input_noise.png", "denoising.png"}
+    names = ("input.png", "input_noise.png", "reconstruction.png", "denoising.png")
+    clean, noisy, restored, stacked = (imread(tmp_path / "out" / name)[..., 0] for name in names)
+    np.testing.assert_array_equal(stacked[: 3 * 28], np.vstack([clean[:28], noisy[:28], restored[:28]]))
     replaced = noisy != clean
     assert set(np.unique(noisy[replaced])) == {0, 1}
     grey = (clean > 0) & (clean < 1)
@@ -318,7 +334,241 @@ def test_denoising_run(program, data_dir, tmp_path):
 def test_pictures_can_be_left_out(program, data_dir, tmp_path):
     run = program("--data_dir", data_dir, *["--PRR", "False", "--PMLR", "False", "--num_epochs", "1"], *FLAGS)
     run.communicate()
-    assert {path.name for path in (tmp_path / "results/run1").glob("*.png")} == {"samples.png", "elbo.png"}
+    assert {path.name for path in (tmp_path / "results/run1").glob("*.png")} == {
+        *("samples.png", "interpolation.png", "elbo.png"),
+    }
+
+
+@pytest.fixture(scope="module")
+def trained(mnist, tmp_path_factory):
+    """The folder of a small run on binarized digits, and a function that does more with it afterwards."""
+    folder = tmp_path_factory.mktemp("trained")
+    common = ["--data_dir", str(conftest.ROOT / "data")]
+    training = [*FLAGS, "--num_epochs", "3", "--binarize", "--results_path", str(folder)]
+
+    def afterwards(*flags):
+        return run_main.main([*common, "--load", str(folder), *map(str, flags)])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_main, "fcntl", None)  # folders stay locked until the program ends: here, the tests
+        assert run_main.main([*common, *training]) == 0
+        yield folder, afterwards
+
+
+@pytest.fixture
+def loaded(trained, mnist):
+    """The flags, the network and the binarized data of that run."""
+    folder, _ = trained
+    flags = run_main.parse_flags(["--load", str(folder), "--n_importance", "5000"])
+    data = run_main.binarize_once(mnist, flags)
+    network = run_main.vae.VAE(2, 64, mnist.train_images.mean(axis=0) / 255, seed=9)
+    state = run_main.make_state(network, run_main.make_optimizer(flags, 1), flags)
+    run_main.restore_checkpoint(state, folder, conftest.Listener())
+    return flags, network, data
+
+
+def test_log_px_against_integration_on_a_grid(loaded):
+    _, network, data = loaded
+    images = data.test_images[:20]
+    axis, step = np.linspace(-6, 6, 241, retstep=True)
+    z = np.stack(np.meshgrid(axis, axis), axis=-1).reshape(-1, 2)
+    logits = network.bernoulli_decoder(run_main.tf.constant(z, run_main.tf.float32)).numpy()
+    log_px_z = images.astype(float) / 255 @ logits.T - np.logaddexp(0, logits).sum(axis=1)
+    log_joint = log_px_z + stats.norm.logpdf(z).sum(axis=1)
+    expected = logsumexp(log_joint, axis=1) + 2 * np.log(step)
+    x = run_main.pixels(images)
+    log_px = network.log_marginal_likelihood(x, x, 50_000, [0, 0]).numpy()
+    # After three epochs, q(z|x) misses a part of p(z|x) for some digits. Importance sampling takes some
+    # exp(KL[p(z|x) || q(z|x)]) draws (Chatterjee and Diaconis 2018).
+    mean, log_var = (array.numpy()[:, None] for array in network.gaussian_encoder(x))
+    log_q = stats.norm(mean, np.exp(log_var / 2)).logpdf(z).sum(axis=2)
+    log_posterior = log_joint - expected[:, None]
+    kl = (np.exp(log_posterior) * (log_posterior - log_q)).sum(axis=1) * step**2
+    covered = kl < 3
+    assert covered.sum() >= 8
+    np.testing.assert_allclose(log_px[covered], expected[covered], atol=0.1)
+
+
+def test_log_px_rises_from_the_elbo_with_the_draws(loaded):
+    flags, network, data = loaded
+    images = data.test_images[:1_000]
+    elbo = run_main.make_evaluate(network, flags)(images)["elbo"]
+    log_px = []
+    for flags.n_importance in (1, 10, 300):
+        log_px.append(run_main.log_marginal_likelihood(network, images, flags, conftest.Listener()))
+    assert log_px[0] == pytest.approx(elbo, abs=0.5)  # two estimates of one thing, 0.1 apart on average
+    assert elbo + 0.5 < log_px[1] < log_px[2]
+
+
+def test_metrics_of_a_loaded_run(trained, loaded):
+    folder, afterwards = trained
+    flags, network, data = loaded
+    before = {path: path.read_bytes() for path in folder.rglob("*.*")}
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert set(metrics) == {"test_elbo", "test_reconstruction", "test_kl"}
+    assert afterwards("--n_importance", 2) == 0
+    more = json.loads((folder / "metrics.json").read_text())
+    assert {name: more[name] for name in metrics} == metrics
+    assert set(more) - set(metrics) == {"test_log_px", "n_importance", "active_units"}
+    assert (more["n_importance"], more["active_units"]) == (2, 2)
+    flags.n_importance = 2
+    log_px = run_main.log_marginal_likelihood(network, data.test_images, flags, conftest.Listener())
+    assert more["test_log_px"] == log_px
+    (folder / "metrics.json").write_bytes(before[folder / "metrics.json"])
+    assert {path: path.read_bytes() for path in folder.rglob("*.*")} == before  # the same pictures, too
+
+
+def test_a_loaded_run_can_leave_its_results_elsewhere(trained, tmp_path, capsys):
+    folder, afterwards = trained
+    before = {path: path.read_bytes() for path in folder.rglob("*.*")}
+    out = tmp_path / "out"
+    assert afterwards("--results_path", out, "--seed", 3, "--PMLR", "False") == 0
+    assert {path: path.read_bytes() for path in folder.rglob("*.*")} == before
+    assert {path.name for path in out.glob("*.png")} == {
+        *("input.png", "reconstruction.png", "samples.png", "interpolation.png", "elbo.png"),
+    }
+    flags = json.loads((out / "config.json").read_text())["flags"]
+    assert (flags["load"], flags["seed"], flags["n_hidden"]) == (str(folder), 3, 64)
+    capsys.readouterr()
+    for wrong in (["--load"], ["--resume", "--results_path"]):
+        with pytest.raises(SystemExit):
+            run_main.main([*wrong, str(out)])
+        assert f"{out} has no run that was trained there" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", ["--dim_z 3", "--num_epochs 5", "--add_noise", "--optimizer adam"])
+def test_load_refuses_other_flags_of_training(trained, capsys, flags):
+    _, afterwards = trained
+    with pytest.raises(SystemExit) as exit_:
+        afterwards(*flags.split())
+    assert exit_.value.code == 2
+    err = capsys.readouterr().err
+    assert (err.count("\n"), flags.split()[0] in err) == (1, True)
+
+
+def test_load_needs_a_finished_epoch(tmp_path, capsys):
+    run_main.write_json(tmp_path / "config.json", run_main.configuration(run_main.parse_flags([])))
+    with pytest.raises(SystemExit) as exit_:
+        run_main.main(["--load", str(tmp_path)])
+    assert exit_.value.code == 2
+    err = capsys.readouterr().err
+    assert (err.count("\n"), "no checkpoint of a finished epoch" in err) == (1, True)
+
+
+def test_generated_images_are_draws_from_the_network(trained, loaded, monkeypatch, capsys):
+    folder, afterwards = trained
+    _, network, _ = loaded
+    monkeypatch.setattr(run_main, "GENERATED_BLOCK", 3_000)
+    assert afterwards("--n_generate", 7_000) == 0
+    with np.load(folder / "generated.npz") as arrays:
+        assert set(arrays.files) == {"images", "z"}
+        images, z = arrays["images"], arrays["z"]
+    assert (images.shape, images.dtype, z.shape, z.dtype) == (
+        (7_000, 28, 28),
+        np.uint8,
+        (7_000, 2),
+        np.float32,
+    )
+    assert stats.kstest(z.ravel(), stats.norm.cdf).pvalue > 1e-3
+    assert len(np.unique(z, axis=0)) == 7_000  # no block repeats another
+    assert set(np.unique(images)) == {0, 255}
+    p = run_main.decode(network, z)
+    error = (images.reshape(-1, 784) / 255 - p).sum() / np.sqrt((p * (1 - p)).sum())
+    assert abs(error) < 5
+    likelier = (np.where(images.reshape(-1, 784) > 0, p, 1 - p) > 0.5).mean()
+    assert likelier == pytest.approx(np.maximum(p, 1 - p).mean(), abs=0.01)  # each image is of its own z
+
+    before = (folder / "generated.npz").read_bytes()
+    assert afterwards("--n_generate", 10) == 2
+    err = capsys.readouterr().err
+    assert (err.count("\n"), "generated.npz" in err, "--overwrite" in err) == (1, True, True)
+    assert (folder / "generated.npz").read_bytes() == before
+    assert afterwards("--n_generate", 10, "--overwrite") == 0
+    with np.load(folder / "generated.npz") as arrays:
+        np.testing.assert_array_equal(arrays["z"], z[:10])
+    assert (folder / "log.csv").exists()  # --overwrite has removed nothing else
+    (folder / "generated.npz").unlink()
+
+
+def test_grey_networks_generate_their_means(loaded, monkeypatch):
+    flags, network, _ = loaded
+    flags.binarize, flags.n_generate = False, 50
+    arrays = run_main.generate(network, flags, conftest.Listener())
+    expected = np.rint(255 * run_main.decode(network, arrays["z"])).reshape(-1, 28, 28)
+    np.testing.assert_array_equal(arrays["images"], expected)
+
+
+def test_own_images_are_reconstructed(trained, loaded, mnist, tmp_path):
+    folder, afterwards = trained
+    _, network, _ = loaded
+    x = mnist.test_images[:13]
+    np.save(tmp_path / "mine.npy", x.reshape(-1, 28, 28))
+    assert afterwards("--reconstruct", tmp_path / "mine.npy") == 0
+    with np.load(folder / "reconstructed.npz") as arrays:
+        images, z = arrays["images"], arrays["z"]
+    mean, _ = network.gaussian_encoder(run_main.pixels(x))
+    np.testing.assert_allclose(z, mean, atol=1e-5)
+    assert images.shape == (13, 28, 28)
+    assert np.abs(images.reshape(13, 784) - 255 * run_main.decode(network, z)).max() < 0.51
+    picture = (255 * imread(folder / "reconstructed.png")[..., 0]).round()
+    np.testing.assert_array_equal(picture[:28], np.hstack(x[:10].reshape(-1, 28, 28)))
+    np.testing.assert_array_equal(picture[28:56], np.hstack(images[:10]))
+    second = picture[56 + run_main.plot_utils.GAP :]
+    np.testing.assert_array_equal(second[:28, : 3 * 28], np.hstack(x[10:].reshape(-1, 28, 28)))
+    for name in ("reconstructed.npz", "reconstructed.png"):
+        (folder / name).unlink()
+
+
+def test_unusable_images_stop_the_program_before_it_takes_a_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    np.save("mine.npy", np.zeros((3, 14, 14)))
+    assert run_main.main(["--reconstruct", "mine.npy"]) == 2
+    problem = "has the shape (3, 14, 14); an image has 28 by 28 pixels"
+    assert capsys.readouterr().err == f"run_main.py: error: --reconstruct mine.npy {problem}\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.npy"]
+
+
+def test_binarized_digits_are_drawn_anew_to_train_and_once_to_test(mnist):
+    flags = run_main.parse_flags(["--binarize"])
+    images = mnist.train_images[:500]
+    first, second = (run_main.shown(images, flags, [0, step]).numpy() for step in (1, 2))
+    assert set(np.unique(first)) == {0, 1}
+    assert 0.01 < (first != second).mean() < 0.1
+    assert first.mean() == pytest.approx(images.mean() / 255, rel=0.02)
+    data, again = (run_main.binarize_once(mnist, flags) for _ in range(2))
+    flags.seed = 1
+    other = run_main.binarize_once(mnist, flags)
+    assert data.train_images is mnist.train_images
+    for name in ("valid_images", "test_images"):
+        drawn, grey = getattr(data, name), getattr(mnist, name)
+        assert drawn.dtype == np.uint8
+        assert set(np.unique(drawn)) == {0, 255}
+        assert (drawn[grey == 255] == 255).all()
+        assert (drawn[grey == 0] == 0).all()
+        assert drawn.mean() == pytest.approx(grey.mean(), rel=0.01)
+        np.testing.assert_array_equal(drawn, getattr(again, name))
+        assert (drawn != getattr(other, name)).mean() > 0.01
+
+
+def test_peak_signal_to_noise():
+    clean = np.zeros((2, 784))
+    assert run_main.peak_signal_to_noise(clean + 0.1, clean) == pytest.approx(20)
+    assert run_main.peak_signal_to_noise(clean + np.array([[1], [0]]), clean) == pytest.approx(
+        3.0103, abs=1e-4
+    )
+
+
+def test_metrics_of_denoising(mnist):
+    """A network that answers with a grey of 1/2, whatever it sees."""
+    flags = run_main.parse_flags(["--add_noise", "--noise_level", "0.4"])
+    network = run_main.vae.VAE(2, 20, np.full(784, 0.5), seed=0)
+    network.x_logits.kernel.assign(run_main.tf.zeros((20, 784)))
+    evaluate = run_main.make_evaluate(network, flags)
+    metrics = run_main.make_metrics(network, evaluate, mnist, flags, conftest.Listener())
+    clean = mnist.test_images / 255
+    noisy = 0.2 * np.mean(clean**2) + 0.2 * np.mean((1 - clean) ** 2)
+    assert metrics["psnr_noisy"] == pytest.approx(-10 * math.log10(noisy), abs=0.02)
+    assert metrics["psnr_restored"] == pytest.approx(-10 * math.log10(np.mean((0.5 - clean) ** 2)), abs=1e-4)
 
 
 def test_a_folder_that_holds_a_run_is_refused_and_kept(program, data_dir, tmp_path):
@@ -402,7 +652,7 @@ def test_numbers_lost_in_a_later_epoch_leave_the_good_ones(mnist, tmp_path, cons
     evaluate = run_main.make_evaluate(network, flags)
     with pytest.raises(run_main.UserError, match="epoch 2"):
         run_main.train(network, evaluate, data, flags, tmp_path, console)
-    assert len(good) == 9
+    assert len(good) == 10
     assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == good
 
 
@@ -436,7 +686,7 @@ def test_ctrl_c_ends_in_order(program, data_dir, tmp_path):
     assert "results/run1" in last
     for picture in folder.glob("*.png"):
         imread(picture)
-    assert len(list(folder.glob("*.png"))) == 6
+    assert len(list(folder.glob("*.png"))) == 7
     assert list(folder.glob("*.part")) == []
 
 
@@ -455,7 +705,7 @@ def test_ctrl_c_while_the_last_epoch_is_written(mnist, tmp_path, console, monkey
     evaluate = run_main.make_evaluate(network, flags)
     with pytest.raises(KeyboardInterrupt, match="1 finished"):
         run_main.train(network, evaluate, data, flags, tmp_path, console)
-    assert len(list(tmp_path.glob("*.png"))) == 6
+    assert len(list(tmp_path.glob("*.png"))) == 7
     assert signal.signal(signal.SIGINT, before) == signal.default_int_handler
 
 

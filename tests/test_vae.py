@@ -192,6 +192,56 @@ def test_weights_are_a_function_of_the_seed(network):
         assert not np.array_equal(mine.kernel, different.kernel)
 
 
+@pytest.mark.parametrize("n_importance", [1, 49, 50, 51, 130])
+def test_log_marginal_likelihood_is_exact_where_z_says_nothing(x, n_importance):
+    """With q(z|x) = p(z) and a decoder that ignores z, every draw's weight is p(x)."""
+    network = vae.VAE(dim_z=3, n_hidden=20, mean_image=np.full(784, 0.3), seed=0)
+    network.z_mean_log_var.kernel.assign(tf.zeros((20, 6)))
+    network.x_logits.kernel.assign(tf.zeros((20, 784)))
+    expected = (x.numpy() * np.log(0.3) + (1 - x.numpy()) * np.log(0.7)).sum(axis=1)
+    log_px = network.log_marginal_likelihood(x, x, n_importance, SEED)
+    np.testing.assert_allclose(log_px, expected, rtol=1e-5)
+
+
+def test_log_marginal_likelihood_against_its_formula(network, x):
+    """The estimate from draws and densities of its own: both are averages over many draws of one thing."""
+    n = 20_000
+    mean, log_var = (array.numpy().astype(float) for array in network.gaussian_encoder(x))
+    q = stats.norm(mean, np.exp(log_var / 2))
+    z = q.rvs((n, 8, 3), random_state=0)
+    logits = network.bernoulli_decoder(tf.constant(z.reshape(-1, 3), tf.float32)).numpy().reshape(n, 8, 784)
+    log_px_z = np.einsum("nbp,bp->nb", logits, x) - np.logaddexp(0, logits).sum(axis=2)
+    log_weights = log_px_z + (stats.norm.logpdf(z) - q.logpdf(z)).sum(axis=2)
+    expected = special.logsumexp(log_weights, axis=0) - np.log(n)
+    log_px = network.log_marginal_likelihood(x, x, 5_000, SEED)
+    np.testing.assert_allclose(log_px, expected, atol=0.1)
+
+
+def test_log_marginal_likelihood_draws_z_from_what_is_seen(network, x):
+    seen = network.log_marginal_likelihood(x, x[::-1], 1, SEED)
+    assert (np.abs(seen - network.log_marginal_likelihood(x, x, 1, SEED)) > 1e-3).any()
+
+
+def test_active_units_are_those_that_vary():
+    mean = np.random.default_rng(0).normal(size=(10_000, 4)) * [1, 0.11, 0.09, 0] + [0, 0, 0, 5]
+    assert int(vae.active_units(tf.constant(mean))) == 2
+
+
+def test_binarize_draws_pixels_with_their_grey_for_chance():
+    grey = np.repeat([0.0, 0.2, 0.7, 1.0], 196).astype(np.float32)
+    x = tf.constant(np.tile(grey, (2_000, 1)))
+    drawn = vae.binarize(x, SEED).numpy()
+    assert set(np.unique(drawn)) == {0, 1}
+    for level in (0, 0.2, 0.7, 1):
+        pixels = drawn[:, grey == np.float32(level)]
+        error = np.sqrt(level * (1 - level) / pixels.size)
+        assert abs(pixels.mean() - level) <= 5 * error
+    assert (drawn != vae.binarize(x, SEED + 1).numpy()).mean() > 0.1
+    noisy = vae.salt_and_pepper(tf.fill((2_000, 784), 0.5), 0.5, SEED).numpy()
+    agree = (drawn == 1)[:, grey == np.float32(0.2)] & (noisy == 0)[:, grey == np.float32(0.2)]
+    assert agree.mean() == pytest.approx(0.2 * 0.25, abs=0.003)  # independent of the noise of the same seed
+
+
 def test_salt_and_pepper_replaces_a_share_by_black_or_white():
     x = tf.fill((1_000, 784), 0.5)
     noisy = vae.salt_and_pepper(x, 0.3, SEED).numpy()
