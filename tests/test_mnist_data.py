@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import zipfile
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
@@ -368,7 +369,9 @@ def test_the_only_array_of_a_file_needs_no_name(tmp_path):
     ("name", "images", "words"),
     [
         ("large.npy", LEVELS[:, :27], "shape (3, 27, 28)"),
-        ("large.png", np.vstack([LEVELS[0], LEVELS[1]]), "shape (56, 28)"),
+        ("large.png", np.vstack([LEVELS[0], LEVELS[1]]), "28 by 56 pixels"),
+        ("wide.png", np.zeros((280, 784), np.uint8), "784 by 280 pixels"),
+        ("batch_of_colours.npy", np.stack([LEVELS] * 5), "shape (5, 3, 28, 28)"),
         ("number.npy", np.array(3.0), "shape ()"),
         ("none.npy", LEVELS[:0], "no image"),
         ("out.npy", LEVELS.astype(float), "pixels from 0.0 to 255.0"),
@@ -401,6 +404,13 @@ def test_broken_images_are_refused_in_a_line(tmp_path, name, content):
     with pytest.raises(Unusable, match="cannot be read") as refusal:
         mnist_data.read_images(path)
     assert "\n" not in str(refusal.value)
+
+
+def test_a_file_in_the_place_of_an_array_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "text.npz", "w") as archive:
+        archive.writestr("images", "hello")
+    with pytest.raises(Unusable, match="no array"):
+        mnist_data.read_images(tmp_path / "text.npz")
 
 
 def test_several_arrays_without_one_named_images_are_refused(tmp_path):

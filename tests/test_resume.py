@@ -58,7 +58,7 @@ def test_killed_at_random_moments_and_resumed_ends_in_the_same_bits(program, dat
     kills = 0
     while kills < 8:
         for line in run.stdout:  # there is a run to resume as soon as it loads TensorFlow
-            if line.startswith(("loading", "going on", "epoch")) and rng.random() < 0.5:
+            if line.startswith(("loading", "taking", "epoch")) and rng.random() < 0.5:
                 break
         try:
             run.wait(timeout=rng.uniform(0, 1.5))
@@ -79,12 +79,12 @@ def test_killed_at_random_moments_and_resumed_ends_in_the_same_bits(program, dat
 @pytest.fixture
 def trained(mnist, tmp_path, console):
     """A function that trains in a folder, anew or resumed; returns the final weights."""
-    data = few(mnist, 1_000)
 
     def train(folder, num_epochs, *more, resume=False, network=None):
         flags = [*FLAGS, "--PRR=False", "--PMLR=False", "--num_epochs", str(num_epochs), *more]
         flags = run_main.parse_flags(flags)
         flags.resume = resume
+        data = few(mnist, 1_000, flags)
         (tmp_path / folder).mkdir(exist_ok=True)
         network = network or vae.VAE(2, 64, data.train_images.mean(axis=0) / 255, seed=0)
         evaluate = run_main.make_evaluate(network, flags)
@@ -112,7 +112,7 @@ def test_damaged_checkpoint_falls_back_to_the_one_before(trained, tmp_path, cons
     path.write_bytes(DAMAGE["bit-flipped"](path.read_bytes()))
     weights = trained("run", 3, resume=True)
     assert console.lines[3].startswith("the checkpoint of epoch 3 is damaged")
-    assert console.lines[3].endswith("going on after epoch 2")
+    assert console.lines[3].endswith("taking the state after epoch 2")
     assert all(map(np.array_equal, weights, good))
     assert [row["epoch"] for row in read_log(tmp_path / "run")] == [1, 2, 3]
 
@@ -121,7 +121,7 @@ def test_no_damage_gets_into_the_weights(trained, tmp_path, console):
     good = trained("run", 2)
     network = vae.VAE(2, 64, np.zeros(784), seed=1)
     optimizer = run_main.make_optimizer(run_main.parse_flags([*FLAGS]), 4)
-    state = run_main.make_state(network, optimizer, run_main.parse_flags([*FLAGS]))
+    state = run_main.make_state(network, optimizer)
     rng = random.Random(0)
     for path in (tmp_path / "run" / "checkpoint").glob("epoch-2.*"):
         content = path.read_bytes()
@@ -232,6 +232,31 @@ def test_resuming_a_finished_run_remakes_its_pictures(trained, tmp_path, console
     assert all(map(np.array_equal, weights, trained("run", 2, resume=True)))
     (tmp_path / "run" / "config.json").unlink()  # a resumed run writes it; of a new one, the program does
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.*")} == before
+
+
+def test_an_animation_goes_on_and_begins_anew_where_its_size_changes(trained, tmp_path):
+    def frames():
+        return Image.open(tmp_path / "run" / "manifold.gif").n_frames
+
+    trained("run", 2, "--PMLR", "--animate")
+    trained("run", 3, "--PMLR", "--animate", resume=True)
+    assert frames() == 3
+    trained("run", 5, "--PMLR", "--animate", "--PMLR_n_img_x", "10", resume=True)
+    assert frames() == 2
+    trained("run", 6, resume=True)
+    assert not (tmp_path / "run" / "manifold.gif").exists()
+
+
+@pytest.mark.parametrize("name", ["generated.npz", "reconstructed.png"])
+def test_resume_keeps_what_was_made_before(a_run, name, tmp_path):
+    (a_run / name).write_text("made before")
+    for more in (["--n_generate", "3"], ["--reconstruct", "mine.npy"]):
+        flags = run_main.parse_flags(["--resume", "--results_path", str(a_run), *more])
+        asked = flags.n_generate if name == "generated.npz" else flags.reconstruct
+        if asked:
+            with pytest.raises(run_main.FlagError, match=f"{name} is there already: move it away"):
+                run_main.take_folder(flags)
+    assert (a_run / name).read_text() == "made before"
 
 
 def test_more_epochs_go_on_along_the_longer_schedule(trained, tmp_path):

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pty
+import shutil
 import signal
 import sys
 from types import SimpleNamespace
@@ -37,9 +38,10 @@ def read_log(folder):
         return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
 
 
-def few(mnist, n_train):
+def few(mnist, n_train, flags):
     """Returns the real MNIST with fewer training and validation digits."""
-    return mnist._replace(train_images=mnist.train_images[:n_train], valid_images=mnist.valid_images[:1_000])
+    some = mnist._replace(train_images=mnist.train_images[:n_train], valid_images=mnist.valid_images[:1_000])
+    return run_main.make_digits(some, flags)
 
 
 # --- flags -------------------------------------------------------------------------------------------
@@ -78,6 +80,8 @@ def test_help_answers_without_tensorflow(program, without_tensorflow):
         ("--PMLR_n_img_x 1000 --PMLR_n_img_y 1000 --PMLR_resize_factor 0.1", ["--PMLR_n_img_x", "10000"]),
         ("--noise_level 0.3", ["--noise_level 0.3", "--add_noise"]),
         ("--animate --dim_z 5", ["--animate", "--PMLR", "--dim_z"]),
+        ("--animate --PMLR_n_img_x 51", ["--animate", "--PMLR_n_img_x", "50"]),
+        ("--add_noise --noise_level 0.001", ["--noise_level", "0.001"]),
         ("--animate --num_epochs 101", ["--animate", "101", "100"]),
         ("--n_importance 0", ["--n_importance", "'0'", "from 1"]),
         ("--n_generate 1e6", ["--n_generate", "'1e6'", "10000000"]),
@@ -137,10 +141,10 @@ def test_training_on_few_digits_lowers_the_loss(mnist, tmp_path, console, optimi
     flags = run_main.parse_flags(
         [*FLAGS, "--batch_size", "50", "--num_epochs", "15", "--optimizer", optimizer]
     )
-    data = few(mnist, 500)
+    data = few(mnist, 500, flags)
     network = run_main.vae.VAE(2, 64, data.train_images.mean(axis=0) / 255, seed=0)
     evaluate = run_main.make_evaluate(network, flags)
-    before = evaluate(data.valid_images)["elbo"]
+    before = evaluate(data.valid_images, data.valid_seen)["elbo"]
     run_main.train(network, evaluate, data, flags, tmp_path, console)
     log = read_log(tmp_path)
     assert [row["epoch"] for row in log] == list(range(1, 16))
@@ -221,9 +225,9 @@ def test_training_and_evaluation_show_the_network_what_they_should(mnist, noise)
     x, x_seen = train_steps(run_main.tf.constant(images), batches, *arguments).numpy() / 2
     assert x == pytest.approx(clean, rel=1e-3)
     assert x_seen - 800 == pytest.approx(expected_seen, abs=0.01)
-    terms = run_main.make_evaluate(network, flags)(images)
+    terms = run_main.make_evaluate(network, flags)(images, images[::-1] if noise else images)
     assert terms["reconstruction"] == pytest.approx(clean, rel=1e-3)
-    assert terms["kl"] - 1_000 == pytest.approx(expected_seen, abs=0.01)
+    assert terms["kl"] - 1_000 == pytest.approx(clean, abs=0.01)
     assert terms["elbo"] == pytest.approx(-(terms["reconstruction"] + terms["kl"]))
 
 
@@ -232,7 +236,7 @@ def test_the_manifolds_axes_are_the_latent_ones(mnist, tmp_path):
     flags = run_main.parse_flags(["--PMLR_n_img_x", "4", "--PMLR_n_img_y", "3"])
     history = [{"train_elbo": -1.0, "valid_elbo": -1.0}]
     state = SimpleNamespace(network=Recorder())
-    run_main.draw_pictures(state, mnist, flags, history, tmp_path)
+    run_main.draw_pictures(state, run_main.make_digits(mnist, flags), flags, history, tmp_path)
     picture = imread(tmp_path / "manifold.png")[10 : 10 + 3 * 28, 60 : 60 + 4 * 28, 0]
     tiles = picture.reshape(3, 28, 4, 28)
     first, second = tiles[:, 14, :, 7], tiles[:, 14, :, 21]
@@ -360,9 +364,9 @@ def loaded(trained, mnist):
     """The flags, the network and the binarized data of that run."""
     folder, _ = trained
     flags = run_main.parse_flags(["--load", str(folder), "--n_importance", "5000"])
-    data = run_main.binarize_once(mnist, flags)
+    data = run_main.make_digits(mnist, flags)
     network = run_main.vae.VAE(2, 64, mnist.train_images.mean(axis=0) / 255, seed=9)
-    state = run_main.make_state(network, run_main.make_optimizer(flags, 1), flags)
+    state = run_main.make_state(network, run_main.make_optimizer(flags, 1))
     run_main.restore_checkpoint(state, folder, conftest.Listener())
     return flags, network, data
 
@@ -392,10 +396,10 @@ def test_log_px_against_integration_on_a_grid(loaded):
 def test_log_px_rises_from_the_elbo_with_the_draws(loaded):
     flags, network, data = loaded
     images = data.test_images[:1_000]
-    elbo = run_main.make_evaluate(network, flags)(images)["elbo"]
+    elbo = run_main.make_evaluate(network, flags)(images, images)["elbo"]
     log_px = []
     for flags.n_importance in (1, 10, 300):
-        log_px.append(run_main.log_marginal_likelihood(network, images, flags, conftest.Listener()))
+        log_px.append(run_main.mean_log_px(network, images, images, flags, conftest.Listener()))
     assert log_px[0] == pytest.approx(elbo, abs=0.5)  # two estimates of one thing, 0.1 apart on average
     assert elbo + 0.5 < log_px[1] < log_px[2]
 
@@ -412,7 +416,8 @@ def test_metrics_of_a_loaded_run(trained, loaded):
     assert set(more) - set(metrics) == {"test_log_px", "n_importance", "active_units"}
     assert (more["n_importance"], more["active_units"]) == (2, 2)
     flags.n_importance = 2
-    log_px = run_main.log_marginal_likelihood(network, data.test_images, flags, conftest.Listener())
+    images = data.test_images
+    log_px = run_main.mean_log_px(network, images, images, flags, conftest.Listener())
     assert more["test_log_px"] == log_px
     (folder / "metrics.json").write_bytes(before[folder / "metrics.json"])
     assert {path: path.read_bytes() for path in folder.rglob("*.*")} == before  # the same pictures, too
@@ -422,6 +427,9 @@ def test_a_loaded_run_can_leave_its_results_elsewhere(trained, tmp_path, capsys)
     folder, afterwards = trained
     before = {path: path.read_bytes() for path in folder.rglob("*.*")}
     out = tmp_path / "out"
+    with pytest.raises(SystemExit):  # the run's numbers and another seed's would stand side by side
+        afterwards("--seed", 3)
+    assert "--seed 3 is not the run's" in capsys.readouterr().err
     assert afterwards("--results_path", out, "--seed", 3, "--PMLR", "False") == 0
     assert {path: path.read_bytes() for path in folder.rglob("*.*")} == before
     assert {path.name for path in out.glob("*.png")} == {
@@ -446,6 +454,24 @@ def test_load_refuses_other_flags_of_training(trained, capsys, flags):
     assert (err.count("\n"), flags.split()[0] in err) == (1, True)
 
 
+def test_a_damaged_run_costs_no_other_run(trained, tmp_path, capsys):
+    folder, _ = trained
+    for name in ("damaged", "other"):
+        shutil.copytree(folder, tmp_path / name)
+    for path in (tmp_path / "damaged" / "checkpoint").glob("*.index"):
+        path.write_bytes(b"")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+    command = ["--data_dir", str(conftest.ROOT / "data"), "--load", str(tmp_path / "damaged")]
+    for where in (
+        ["--results_path", str(tmp_path / "other"), "--overwrite"],
+        ["--results_path", str(tmp_path / "new")],
+    ):
+        assert run_main.main([*command, *where]) == 1
+        assert capsys.readouterr().err.count("\n") == 1
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before
+    assert list((tmp_path / "new").iterdir()) == []
+
+
 def test_load_needs_a_finished_epoch(tmp_path, capsys):
     run_main.write_json(tmp_path / "config.json", run_main.configuration(run_main.parse_flags([])))
     with pytest.raises(SystemExit) as exit_:
@@ -458,7 +484,7 @@ def test_load_needs_a_finished_epoch(tmp_path, capsys):
 def test_generated_images_are_draws_from_the_network(trained, loaded, monkeypatch, capsys):
     folder, afterwards = trained
     _, network, _ = loaded
-    monkeypatch.setattr(run_main, "GENERATED_BLOCK", 3_000)
+    monkeypatch.setattr(run_main, "IMAGES_BLOCK", 3_000)
     assert afterwards("--n_generate", 7_000) == 0
     with np.load(folder / "generated.npz") as arrays:
         assert set(arrays.files) == {"images", "z"}
@@ -535,9 +561,9 @@ def test_binarized_digits_are_drawn_anew_to_train_and_once_to_test(mnist):
     assert set(np.unique(first)) == {0, 1}
     assert 0.01 < (first != second).mean() < 0.1
     assert first.mean() == pytest.approx(images.mean() / 255, rel=0.02)
-    data, again = (run_main.binarize_once(mnist, flags) for _ in range(2))
+    data, again = (run_main.make_digits(mnist, flags) for _ in range(2))
     flags.seed = 1
-    other = run_main.binarize_once(mnist, flags)
+    other = run_main.make_digits(mnist, flags)
     assert data.train_images is mnist.train_images
     for name in ("valid_images", "test_images"):
         drawn, grey = getattr(data, name), getattr(mnist, name)
@@ -547,6 +573,7 @@ def test_binarized_digits_are_drawn_anew_to_train_and_once_to_test(mnist):
         assert (drawn[grey == 0] == 0).all()
         assert drawn.mean() == pytest.approx(grey.mean(), rel=0.01)
         np.testing.assert_array_equal(drawn, getattr(again, name))
+        np.testing.assert_array_equal(drawn, getattr(data, name.replace("images", "seen")))
         assert (drawn != getattr(other, name)).mean() > 0.01
 
 
@@ -564,7 +591,8 @@ def test_metrics_of_denoising(mnist):
     network = run_main.vae.VAE(2, 20, np.full(784, 0.5), seed=0)
     network.x_logits.kernel.assign(run_main.tf.zeros((20, 784)))
     evaluate = run_main.make_evaluate(network, flags)
-    metrics = run_main.make_metrics(network, evaluate, mnist, flags, conftest.Listener())
+    data = run_main.make_digits(mnist, flags)
+    metrics = run_main.make_metrics(network, evaluate, data, flags, conftest.Listener())
     clean = mnist.test_images / 255
     noisy = 0.2 * np.mean(clean**2) + 0.2 * np.mean((1 - clean) ** 2)
     assert metrics["psnr_noisy"] == pytest.approx(-10 * math.log10(noisy), abs=0.02)
@@ -635,16 +663,18 @@ def test_missing_data_are_one_error_and_leave_no_folder(monkeypatch, tmp_path, c
 
 def test_numbers_lost_in_a_later_epoch_leave_the_good_ones(mnist, tmp_path, console, monkeypatch):
     flags = run_main.parse_flags([*FLAGS, "--num_epochs", "3"])
-    data = few(mnist, 1_000)
+    data = few(mnist, 1_000, flags)
     network = run_main.vae.VAE(2, 64, data.train_images.mean(axis=0) / 255, seed=0)
     real, good = run_main.make_train_steps, {}
 
     def failing(*arguments):
+        sound = real(*arguments)
+
         def train_steps(images, batches, epoch, first, last):
             if epoch == 2:
                 good.update({path: path.read_bytes() for path in tmp_path.rglob("*.*")})
                 return run_main.tf.constant([math.nan, 1.0])
-            return real(*arguments)(images, batches, epoch, first, last)
+            return sound(images, batches, epoch, first, last)
 
         return train_steps
 
@@ -692,7 +722,7 @@ def test_ctrl_c_ends_in_order(program, data_dir, tmp_path):
 
 def test_ctrl_c_while_the_last_epoch_is_written(mnist, tmp_path, console, monkeypatch):
     flags = run_main.parse_flags([*FLAGS, "--num_epochs", "1"])
-    data = few(mnist, 1_000)
+    data = few(mnist, 1_000, flags)
     network = run_main.vae.VAE(2, 64, data.train_images.mean(axis=0) / 255, seed=0)
     draw = run_main.draw_pictures
 
