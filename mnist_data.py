@@ -190,8 +190,9 @@ def read_array(path):
     """Returns the array of a .npy file, or of a .npz file the one named images or the only one."""
     content = np.load(path)
     if isinstance(content, np.lib.npyio.NpzFile):
-        alone = len(content) == 1 and "images" not in content
-        content = content[content.files[0] if alone else "images"]
+        if "images" not in content and len(content) != 1:
+            raise Unusable(f"has {len(content)} arrays, none of them named images")
+        content = content["images" if "images" in content else content.files[0]]
     if not isinstance(content, np.ndarray):
         raise Unusable("holds no array")
     return content

@@ -56,10 +56,11 @@ def image_grid(images, n_x, n_y, resize_factor=1.0):
     return png_of_pixels(tile(images, n_x, n_y, resize_factor))
 
 
-def comparison(batches, n_x, n_y):
+def comparison(batches, n_x, n_y, resize_factor=1.0):
     """PNG of batches of images: (n_x * n_y, 784) each; a digit of the first has those of the others below."""
-    rows = np.stack([tile(images, n_x, n_y).reshape(n_y, 28, -1, 3) for images in batches], axis=1)
-    groups = rows.reshape(n_y, len(batches) * 28, -1, 3)
+    grids = [tile(images, n_x, n_y, resize_factor) for images in batches]
+    rows = [np.split(grid, n_y) for grid in grids]
+    groups = np.stack([np.concatenate(group) for group in zip(*rows, strict=True)])
     groups = np.pad(groups, ((0, 0), (0, GAP), (0, 0), (0, 0)), constant_values=255)
     return png_of_pixels(np.concatenate(groups)[:-GAP])
 
@@ -99,8 +100,9 @@ def manifold(images, z_x, z_y, resize_factor=1.0):
     edges = (-0.5, len(z_x) - 0.5, len(z_y) - 0.5, -0.5)
     axes.imshow(canvas, interpolation="none", aspect="auto", extent=edges)
     axes.tick_params(length=0)  # marks would reach into the outer digits
-    for axis, z in ((axes.xaxis, z_x), (axes.yaxis, z_y)):
-        ticks = range(0, len(z), -(-len(z) // 10))  # ten at most, or they run into each other
+    for axis, z, space in ((axes.xaxis, z_x, width // 50), (axes.yaxis, z_y, height // 20)):
+        n_ticks = min(len(z), 10, max(2, space))  # more run into each other
+        ticks = np.rint(np.linspace(0, len(z) - 1, n_ticks)).astype(int)
         axis.set_ticks(ticks, [f"{z[tick]:.2f}" for tick in ticks])
     axes.set_xlabel("$z_1$")
     axes.set_ylabel("$z_2$", labelpad=0)

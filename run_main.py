@@ -209,7 +209,7 @@ def make_parser():
     help = "folder for what the run leaves behind (default: the next free one of results/run1, run2, ...)"
     add(group, "--results_path", type=folder_path, help=help)
     add_switch(group, "--resume", default=False, help="go on with the run in --results_path")
-    help = "remove the run in --results_path, then start anew; with --load, replace what it wrote there"
+    help = "remove the run in --results_path first; if it is that of --load, replace only what is asked for"
     add_switch(group, "--overwrite", default=False, help=help)
 
     group = parser.add_argument_group("afterwards")
@@ -238,15 +238,15 @@ def parse_flags(arguments=None):
     if flags.resume and flags.overwrite:
         parser.error("--resume goes on with a run and --overwrite removes it: take one of them")
     if flags.resume:
-        flags = flags_of_run(
-            parser, arguments, "results_path", flags.results_path, RESUME_MAY_CHANGE, ["reconstruct"]
-        )
+        not_taken = ("n_generate", "reconstruct")  # what is made only once is asked for each time
+        path = flags.results_path
+        flags = flags_of_run(parser, arguments, "results_path", path, RESUME_MAY_CHANGE, not_taken)
         done = max(checkpoint_epochs(flags.results_path), default=0)
         if flags.num_epochs < done:
             run = f"the run in {flags.results_path}"
             parser.error(f"--num_epochs {flags.num_epochs}: {run} has {done} already; take no fewer")
     if flags.load:
-        not_taken = ("results_path", *AFTERWARDS)  # asked for each time
+        not_taken = ("results_path", *AFTERWARDS)
         flags = flags_of_run(parser, arguments, "load", flags.load, LOAD_MAY_CHANGE, not_taken)
         if not checkpoint_epochs(flags.load):
             parser.error(f"--load {flags.load} has no checkpoint of a finished epoch; name another run")
@@ -365,8 +365,9 @@ def take_folder(flags):
                     other = "move it away" if flags.resume else "add --overwrite or a --results_path"
                     raise FlagError(f"{folder / name} is there already: {other}")
         elif not flags.overwrite:
-            other = "name another folder" if flags.load else "add --resume"
-            raise FlagError(f"--results_path {folder} holds a run: {other} or --overwrite")
+            can_go_on = checkpoint_epochs(folder) or not (folder / "log.csv").exists()
+            other = "add --resume" if can_go_on and not flags.load else "name another folder"
+            raise FlagError(f"--results_path {folder} holds a run: {other}, or --overwrite to remove it")
         return folder
     for name in RESULTS:
         if (folder / name).exists():
@@ -746,8 +747,10 @@ def train(network, evaluate, data, flags, folder, console):
     if flags.resume:
         write_json(folder / "config.json", configuration(flags))
     if history:
-        for name in (*PICTURES, "metrics.json"):  # of an earlier state, and perhaps not wanted any more
+        for name in PICTURES:  # of an earlier state, and perhaps not wanted any more
             (folder / name).unlink(missing_ok=True)
+        if len(history) < flags.num_epochs:
+            (folder / "metrics.json").unlink(missing_ok=True)
         write_log(folder / "log.csv", history)
         pictures = draw_pictures(state, data, flags, history, folder)
     train_steps = make_train_steps(network, optimizer, flags)
@@ -788,7 +791,7 @@ def train(network, evaluate, data, flags, folder, console):
         except KeyboardInterrupt:
             if n_drawn < len(history):
                 draw_pictures(state, data, flags, history, folder)
-            done = f"the log and pictures of {len(history)} finished epochs are in {folder}"
+            done = f"the log and pictures of {len(history)} finished epochs are in {folder}, for --resume"
             raise KeyboardInterrupt(done if history else "no epoch was finished") from None
     return pictures
 
@@ -851,12 +854,12 @@ def draw_pictures(state, data, flags, history, folder):
             pictures["input_noise.png"] = plot_utils.image_grid(x_seen, *grid)
         pictures["reconstruction.png"] = plot_utils.image_grid(restored, *grid)
         if flags.add_noise:
-            pictures["denoising.png"] = plot_utils.comparison([x, x_seen, restored], n_x, n_y)
+            pictures["denoising.png"] = plot_utils.comparison([x, x_seen, restored], *grid)
     if flags.PMLR:
         z_x, z_y, images = decode_manifold(network, flags)
         pictures["manifold.png"] = plot_utils.manifold(images, z_x, z_y, flags.PMLR_resize_factor)
-        if flags.animate and len(state.frames):
-            pictures["manifold.gif"] = plot_utils.animation(state.frames.numpy())
+        if flags.animate and len(frames := state.frames.numpy()):
+            pictures["manifold.gif"] = plot_utils.animation(frames)
         _, _, mean = test_digits(flags.PMLR_n_samples)
         pictures["latent_map.png"] = plot_utils.latent_map(mean, data.test_labels[: flags.PMLR_n_samples])
     z = vae.sample_prior(n_x * n_y, flags.dim_z, [flags.seed, EVALUATION_EPOCH])
@@ -946,7 +949,7 @@ def write_arrays(path, arrays):
         np.savez(file, **arrays)
 
 
-def reconstruct(network, x, folder):
+def reconstruct(network, x, flags, folder):
     """Encodes and decodes images x: (n, 784); writes the result and a picture of the first 100 beside theirs.
 
     Returns the two files' paths.
@@ -961,7 +964,9 @@ def reconstruct(network, x, folder):
     n = min(len(x), 100)
     n_x, n_y = min(n, 10), math.ceil(n / 10)
     in_and_out = [np.pad(batch[:n], ((0, n_x * n_y - n), (0, 0))) for batch in (x, images / 255)]
-    mnist_data.write_whole(folder / "reconstructed.png", plot_utils.comparison(in_and_out, n_x, n_y))
+    mnist_data.write_whole(
+        folder / "reconstructed.png", plot_utils.comparison(in_and_out, n_x, n_y, flags.PRR_resize_factor)
+    )
     return [folder / "reconstructed.npz", folder / "reconstructed.png"]
 
 
@@ -1023,7 +1028,7 @@ def run(flags, console):
         write_arrays(folder / "generated.npz", generate(network, flags, console))
         results.append(folder / "generated.npz")
     if flags.reconstruct:
-        results += reconstruct(network, own_images, folder)
+        results += reconstruct(network, own_images, flags, folder)
     for path in results:
         console.line(f"  {path}")
 

@@ -45,8 +45,8 @@ def test_same_flags_same_bits_and_another_seed_others(program, data_dir, tmp_pat
     one, again, other = (final_state(tmp_path / name) for name in ("one", "again", "other"))
     assert differences(one, again) == []
     same = set(one) - set(differences(one, other))
-    # The mean image, the number of steps and the picture of the test digits are those of every run.
-    assert len(same) <= 3, same
+    # Every run has the same mean image, number of steps, no frames, and picture of the test digits.
+    assert len(same) <= 4, same
 
 
 def test_killed_at_random_moments_and_resumed_ends_in_the_same_bits(program, data_dir, tmp_path):
@@ -56,7 +56,7 @@ def test_killed_at_random_moments_and_resumed_ends_in_the_same_bits(program, dat
     rng = random.Random(0)
     run = program(*flags, "--results_path", "killed")
     kills = 0
-    while kills < 8:
+    while kills < 5:
         for line in run.stdout:  # there is a run to resume as soon as it loads TensorFlow
             if line.startswith(("loading", "taking", "epoch")) and rng.random() < 0.5:
                 break
