@@ -1,0 +1,211 @@
+"""Times our training beside the same network in other frameworks, in turn, on an otherwise idle machine.
+
+    python tests/benchmark.py
+
+Peers that are not installed are named and left out. What each row says stands in the README.
+"""
+
+import argparse
+import csv
+import importlib
+import importlib.util
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import mnist_data  # noqa: E402
+import run_main  # noqa: E402
+
+PEERS = {"jax": ("jax", "optax"), "torch": ("torch",), "keras": ("keras",)}
+PACKAGES = {"jax": "jax optax", "torch": "torch", "keras": "keras"}
+GOALS = {"jax": 0.95, "torch": 0.6, "keras": 0.8}
+
+# Validation ELBO of the example's recipe after 20 epochs, by dim_z.
+RECIPE_ELBO = {2: -145.3, 20: -104.7}
+
+
+def ours(images, optimizer, dim_z, n_hidden=500, batch_size=128):
+    """Our own training code on images (n, 784) uint8; yields the loss of every epoch, nats per image."""
+    run_main.import_tensorflow()
+    numbers = {"dim_z": dim_z, "n_hidden": n_hidden, "batch_size": batch_size, "num_epochs": 1_000}
+    arguments = [f"--{name}={value}" for name, value in numbers.items()]
+    flags = run_main.parse_flags([*arguments, f"--optimizer={optimizer}"])
+    network = run_main.vae.VAE(dim_z, n_hidden, images.mean(axis=0) / 255, flags.seed)
+    update = run_main.make_optimizer(flags, flags.num_epochs * (len(images) // batch_size))
+    update.build(network.trainable_variables)
+    train_steps = run_main.make_train_steps(network, update, flags)
+    images = run_main.tf.constant(images)
+    for epoch in range(1, flags.num_epochs + 1):
+        terms = run_main.train_epoch(train_steps, images, epoch, flags, run_main.Console(), threading.Event())
+        yield -terms["elbo"]
+
+
+def work(name, n_images, n_epochs, setting):
+    """What a process of one program does: prints its seconds an epoch, without the first, and its memory."""
+    train = ours if name == "ours" else importlib.import_module(f"peers.{name}_vae").train
+    images = mnist_data.load_mnist(ROOT / "data", run_main.Console()).train_images
+    if name == "ours":
+        run_main.import_tensorflow()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    epochs = train(np.resize(images, (n_images, 784)), **setting)
+    losses, seconds = [next(epochs)], []  # the first epoch compiles
+    for _ in range(n_epochs):
+        start = time.perf_counter()
+        losses.append(next(epochs))
+        seconds.append(time.perf_counter() - start)
+    assert np.isfinite(losses).all() and losses[-1] < losses[0], f"{name} does not learn: {losses}"
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    print(json.dumps({"seconds": seconds, "megabytes": memory / 1024}))
+
+
+def measure(name, n_epochs, n_images=mnist_data.N_TRAIN, **setting):
+    """Returns the seconds of epochs and the memory in megabytes of a program in a process of its own."""
+    command = [sys.executable, __file__, "--work", json.dumps([name, n_images, n_epochs, setting])]
+    environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "2"}
+    result = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def multiply_adds(dim_z, n_hidden=500):
+    """Returns the multiply-adds a training step takes for an image: forwards, and backwards twice.
+
+    Backwards, nothing goes on to the image itself.
+    """
+    encoder = 784 * n_hidden + n_hidden**2 + 2 * n_hidden * dim_z
+    decoder = dim_z * n_hidden + n_hidden**2 + 784 * n_hidden
+    return 3 * (encoder + decoder) - 784 * n_hidden
+
+
+def product_peak(*shape):
+    """Returns the GFLOP/s of a float32 product of (m, k) by (k, n), the best of many."""
+    m, k, n = shape
+    rng = np.random.default_rng(0)
+    a, b = rng.random((m, k), np.float32), rng.random((k, n), np.float32)
+    times = []
+    for _ in range(max(10, int(2e10 / (m * k * n)))):
+        start = time.perf_counter()
+        a @ b
+        times.append(time.perf_counter() - start)
+    return 2 * m * k * n / min(times) / 1e9
+
+
+def spread(seconds):
+    return f"{np.median(seconds):6.2f}  ({min(seconds):.2f} to {max(seconds):.2f})"
+
+
+def compare(programs, n_rounds, n_epochs):
+    """Times all programs in turn, for both optimizers, and prints the table."""
+    peak = product_peak(2048, 2048, 2048)
+    print(f"float32 product of 2048 x 2048 x 2048: {peak:.0f} GFLOP/s")
+    for shape in ((128, 784, 500), (128, 500, 500), (128, 500, 784), (784, 128, 500)):
+        print(f"float32 product of {' x '.join(map(str, shape))}: {product_peak(*shape):.0f} GFLOP/s")
+    operations = multiply_adds(dim_z=2)
+    print(f"a step at dim_z 2 takes {operations / 1e6:.2f} million multiply-adds an image\n")
+    print(
+        "optimizer program  seconds an epoch, median (range)  images/s  share of peak  ours / this, by round"
+    )
+    for optimizer in ("sgd", "adam"):
+        rounds = {name: [] for name in programs}
+        for _ in range(n_rounds):
+            for name in programs:
+                rounds[name].append(measure(name, n_epochs, optimizer=optimizer, dim_z=2)["seconds"])
+        own = [np.median(seconds) for seconds in rounds["ours"]]
+        for name in programs:
+            median = np.median(rounds[name])
+            rate = mnist_data.N_TRAIN // 128 * 128 / median
+            ratios = [mine / np.median(other) for mine, other in zip(own, rounds[name], strict=True)]
+            pairs = f"{np.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+            goal = f", goal {GOALS[name]}" if name in GOALS else ""
+            share = 2 * operations * rate / peak / 1e9
+            seconds = spread(np.concatenate(rounds[name]))
+            print(
+                f"{optimizer:9} {name:7} {seconds:31} {rate:10,.0f} {share:14.0%}  {pairs}{goal}", flush=True
+            )
+
+
+def time_to_result(dim_z, folder):
+    """Runs the program as a user does; returns its log, and the seconds to its first line and to its end."""
+    command = [sys.executable, str(ROOT / "run_main.py"), "--data_dir", str(ROOT / "data")]
+    command += ["--dim_z", str(dim_z), "--results_path", str(folder)]
+    start = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
+        run.stdout.readline()
+        first_line = time.perf_counter() - start
+        run.communicate()
+    total = time.perf_counter() - start
+    with (folder / "log.csv").open() as file:
+        log = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    return log, first_line, total
+
+
+def time_to_quality(with_jax):
+    """Says when our default run is as good as the example's recipe after 20 epochs, and what that took."""
+    for dim_z, elbo in RECIPE_ELBO.items():
+        with tempfile.TemporaryDirectory() as folder:
+            log, first_line, total = time_to_result(dim_z, Path(folder) / "run")
+        training = sum(row["seconds"] for row in log)
+        print(f"\npython run_main.py --dim_z {dim_z}: {total:.1f} s, {total / training:.2f} of its epochs'")
+        print(f"  its first line after {first_line:.2f} s")
+        epochs = next(n for n, row in enumerate(log, 1) if row["valid_elbo"] > elbo)
+        seconds = sum(row["seconds"] for row in log[:epochs])
+        print(f"  validation ELBO above {elbo} after {epochs} epochs, {seconds:.1f} s", end="")
+        if with_jax:
+            recipe = 20 * np.median(measure("jax", 3, optimizer="adam", dim_z=dim_z)["seconds"])
+            print(
+                f": {seconds / recipe:.2f} of the {recipe:.1f} s of 20 epochs of the example's recipe in JAX"
+            )
+        else:
+            print()
+
+
+def growth():
+    """Says how our seconds an epoch and memory grow with the network, the batch and the images."""
+    print("\nsgd, dim_z 2        seconds an epoch  images/s  megabytes above the imports")
+    settings = [{"n_hidden": n} for n in (250, 500, 1000, 2000)]
+    settings += [{"batch_size": n} for n in (64, 128, 512, 2048)]
+    settings += [{"n_images": n * mnist_data.N_TRAIN} for n in (1, 5)]
+    for setting in settings:
+        result = measure("ours", 2, optimizer="sgd", dim_z=2, **setting)
+        ((name, value),) = setting.items()
+        seconds = np.median(result["seconds"])
+        rate = setting.get("n_images", mnist_data.N_TRAIN) / seconds
+        row = f"{name:10} {value:7,} {seconds:17.2f} {rate:9,.0f} {result['megabytes']:10.0f}"
+        print(row, flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5, help="times that each program is run (default: 5)")
+    parser.add_argument("--epochs", type=int, default=3, help="timed epochs a run (default: 3)")
+    parser.add_argument("--work", help=argparse.SUPPRESS)  # how it starts itself for one program
+    arguments = parser.parse_args()
+    if arguments.work:
+        name, n_images, n_epochs, setting = json.loads(arguments.work)
+        work(name, n_images, n_epochs, setting)
+        return
+    mnist_data.load_mnist(ROOT / "data", run_main.Console())
+    programs = ["ours"]
+    for name, modules in PEERS.items():
+        if all(map(importlib.util.find_spec, modules)):
+            programs.append(name)
+        else:
+            print(f"{name} is left out: pip install {PACKAGES[name]}")
+    print(f"{len(os.sched_getaffinity(0))} cores; {', '.join(programs)}")
+    compare(programs, arguments.rounds, arguments.epochs)
+    time_to_quality("jax" in programs)
+    growth()
+
+
+if __name__ == "__main__":
+    main()
