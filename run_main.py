@@ -166,6 +166,9 @@ def make_parser():
     add(group, "--num_epochs", type=whole(1), default=20, help="times to go through the training digits")
     add(group, "--batch_size", type=whole(1, mnist_data.N_TRAIN), default=128, help="digits a step")
     add(group, "--seed", type=whole(0), default=0, help="all random numbers are a function of it")
+    choices = ("none", "mirrored", "multi_worker")
+    help = "train on all local devices, or on all machines of TF_CONFIG"
+    add(group, "--distribute", choices=choices, default="none", help=help)
 
     group = parser.add_argument_group("data")
     add(
@@ -585,7 +588,12 @@ def make_optimizer(flags, n_steps):
     rate = keras.optimizers.schedules.CosineDecay(flags.learn_rate, n_steps)
     if flags.optimizer == "adam":
         return keras.optimizers.Adam(rate)
-    return keras.optimizers.SGD(rate, MOMENTUM, nesterov=True)
+
+    class ClippedSGD(keras.optimizers.SGD):
+        def update_step(self, gradient, variable, learning_rate):
+            super().update_step(clip(gradient), variable, learning_rate)
+
+    return ClippedSGD(rate, MOMENTUM, nesterov=True)
 
 
 def clip(gradient):
@@ -613,9 +621,30 @@ def seen(x, flags, seed):
 
 
 def make_train_steps(network, optimizer, flags):
-    """Returns the function that trains: stochastic gradient descent on the negative ELBO."""
+    """Returns the function that trains: stochastic gradient descent on the negative ELBO.
+
+    It works on all replicas of the current tf.distribute strategy; without one, that is a single one.
+    """
+    strategy = tf.distribute.get_strategy()
+    weights = network.trainable_variables
 
     @tf.function(jit_compile=True)
+    def loss_and_gradients(images, seed):
+        """Returns reconstruction error and KL divergence, (2,), and the gradients of their sum."""
+        x = shown(images, flags, seed)
+        with tf.GradientTape() as tape:
+            terms = network.negative_elbo(x, seen(x, flags, seed), seed, flags.keep_prob)
+            terms = tf.stack([tf.reduce_mean(term) for term in terms])
+            loss = tf.reduce_sum(terms) / strategy.num_replicas_in_sync  # Keras sums their gradients
+        return terms, tape.gradient(loss, weights)
+
+    def step_of_replica(batch, seed):
+        """Takes a step, together with the other replicas, of which each has its share of the batch."""
+        terms, gradients = loss_and_gradients(vae.own_rows(batch), seed)
+        optimizer.apply_gradients(zip(gradients, weights, strict=True))
+        return terms
+
+    @tf.function(jit_compile=flags.distribute == "none")  # XLA compiles no exchange between replicas
     def train_steps(images, batches, epoch, first, last):
         """Takes the steps from `first` to before `last` of an epoch.
 
@@ -626,17 +655,9 @@ def make_train_steps(network, optimizer, flags):
         step = first
         while step < last:  # XLA compiles `for step in tf.range(first, last)` anew for other bounds
             seed = tf.random.fold_in(tf.stack([flags.seed, epoch]), step)
-            x = shown(tf.gather(images, batches[step]), flags, seed)
-            with tf.GradientTape() as tape:
-                terms = network.negative_elbo(x, seen(x, flags, seed), seed, flags.keep_prob)
-                reconstruction, kl = (tf.reduce_mean(term) for term in terms)
-                loss = reconstruction + kl
-            weights = network.trainable_variables
-            gradients = tape.gradient(loss, weights)
-            if flags.optimizer == "sgd":
-                gradients = map(clip, gradients)
-            optimizer.apply_gradients(zip(gradients, weights, strict=True))
-            total += tf.stack([reconstruction, kl])
+            batch = tf.gather(images, batches[step])
+            terms = strategy.run(step_of_replica, (batch, seed))
+            total += strategy.reduce("MEAN", terms, axis=None)
             step += 1
         return total
 

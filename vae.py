@@ -122,6 +122,26 @@ class VAE(keras.Model):
         return log_sum - tf.math.log(tf.cast(n_importance, tf.float32))
 
 
+def own_rows(batch):
+    """Returns what a replica under tf.distribute takes of a whole batch (n, ...); without replicas, all."""
+    replica = tf.distribute.get_replica_context()
+    if replica.num_replicas_in_sync == 1:
+        return batch
+    n = batch.shape[0] // replica.num_replicas_in_sync
+    first = n * replica.replica_id_in_sync_group
+    return batch[first : first + n]
+
+
+def draw_rows(draw, shape, seed, **more):
+    """Returns draw(shape, seed), random numbers for images, the first axis of the shape.
+
+    Under tf.distribute a replica draws for the whole batch and takes the rows of its own images: so the
+    numbers differ between replicas, and are those of a single one.
+    """
+    n_replicas = tf.distribute.get_replica_context().num_replicas_in_sync
+    return own_rows(draw((n_replicas * shape[0], *shape[1:]), seed, **more))
+
+
 def dropout(h, keep_prob, seed, layer):
     """Zeros each unit of h with chance 1 - keep_prob and scales the others by 1 / keep_prob.
 
@@ -132,9 +152,8 @@ def dropout(h, keep_prob, seed, layer):
         return h
     # Keras' Dropout layer costs a fifth of the training time, these random bits far less. They exist
     # in compiled functions only.
-    return tf.nn.experimental.stateless_dropout(
-        h, rate=1 - keep_prob, seed=tf.random.fold_in(seed, layer), rng_alg="threefry"
-    )
+    u = draw_rows(tf.random.stateless_uniform, h.shape, tf.random.fold_in(seed, layer), alg="threefry")
+    return tf.where(u < keep_prob, h / keep_prob, 0.0)
 
 
 def reparameterize(mean, log_var, seed):
@@ -142,7 +161,7 @@ def reparameterize(mean, log_var, seed):
 
     The reparameterization trick, section 2.4 of the paper. mean, log_var and z: (batch, dim_z).
     """
-    epsilon = tf.random.stateless_normal(tf.shape(mean), seed)
+    epsilon = draw_rows(tf.random.stateless_normal, mean.shape, seed)
     return mean + tf.exp(log_var / 2) * epsilon
 
 
@@ -170,7 +189,7 @@ def sample_prior(n, dim_z, seed):
 
 def salt_and_pepper(x, noise_level, seed):
     """Returns x: (batch, 784) with each pixel replaced, with chance noise_level, by 0 or 1 at even odds."""
-    u = tf.random.stateless_uniform(tf.shape(x), tf.random.fold_in(seed, NOISE))
+    u = draw_rows(tf.random.stateless_uniform, x.shape, tf.random.fold_in(seed, NOISE))
     return tf.where(u < noise_level / 2, 0.0, tf.where(u < noise_level, 1.0, x))
 
 
@@ -179,7 +198,7 @@ def binarize(x, seed):
 
     Salakhutdinov and Murray 2008. Of such images the Bernoulli decoder gives a real likelihood.
     """
-    u = tf.random.stateless_uniform(tf.shape(x), tf.random.fold_in(seed, PIXELS))
+    u = draw_rows(tf.random.stateless_uniform, x.shape, tf.random.fold_in(seed, PIXELS))
     return tf.cast(u < x, tf.float32)
 
 
