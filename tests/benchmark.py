@@ -51,14 +51,16 @@ def ours(images, optimizer, dim_z, n_hidden=500, batch_size=128):
         yield -terms["elbo"]
 
 
-def work(name, n_images, n_epochs, setting):
+def work(name, n_epochs, augmented, setting):
     """What a process of one program does: prints its seconds an epoch, without the first, and its memory."""
     train = ours if name == "ours" else importlib.import_module(f"peers.{name}_vae").train
-    images = mnist_data.load_mnist(ROOT / "data", run_main.Console()).train_images
     if name == "ours":
         run_main.import_tensorflow()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    epochs = train(np.resize(images, (n_images, 784)), **setting)
+    images = mnist_data.load_mnist(ROOT / "data", run_main.Console()).train_images
+    if augmented:
+        images = mnist_data.augment(images, 0, run_main.Console())
+    epochs = train(images, **setting)
     losses, seconds = [next(epochs)], []  # the first epoch compiles
     for _ in range(n_epochs):
         start = time.perf_counter()
@@ -66,12 +68,13 @@ def work(name, n_images, n_epochs, setting):
         seconds.append(time.perf_counter() - start)
     assert np.isfinite(losses).all() and losses[-1] < losses[0], f"{name} does not learn: {losses}"
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    print(json.dumps({"seconds": seconds, "megabytes": memory / 1024}))
+    n_images = len(images) // setting.get("batch_size", 128) * setting.get("batch_size", 128)
+    print(json.dumps({"seconds": seconds, "n_images": n_images, "megabytes": memory / 1024}))
 
 
-def measure(name, n_epochs, n_images=mnist_data.N_TRAIN, **setting):
-    """Returns the seconds of epochs and the memory in megabytes of a program in a process of its own."""
-    command = [sys.executable, __file__, "--work", json.dumps([name, n_images, n_epochs, setting])]
+def measure(name, n_epochs, augmented=False, **setting):
+    """Returns the seconds of epochs, their images and the memory of a program in a process of its own."""
+    command = [sys.executable, __file__, "--work", json.dumps([name, n_epochs, augmented, setting])]
     environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "2"}
     result = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     return json.loads(result.stdout.splitlines()[-1])
@@ -87,16 +90,19 @@ def multiply_adds(dim_z, n_hidden=500):
     return 3 * (encoder + decoder) - 784 * n_hidden
 
 
-def product_peak(*shape):
-    """Returns the GFLOP/s of a float32 product of (m, k) by (k, n), the best of many."""
-    m, k, n = shape
+def product_peak(m, k, n):
+    """Returns the GFLOP/s of a float32 product of (m, k) by (k, n): the best of many, NumPy's and XLA's."""
     rng = np.random.default_rng(0)
     a, b = rng.random((m, k), np.float32), rng.random((k, n), np.float32)
+    a_and_b = [run_main.tf.constant(matrix) for matrix in (a, b)]
+    compiled = run_main.tf.function(run_main.tf.matmul, jit_compile=True)
+    compiled(*a_and_b)
     times = []
-    for _ in range(max(10, int(2e10 / (m * k * n)))):
-        start = time.perf_counter()
-        a @ b
-        times.append(time.perf_counter() - start)
+    for _ in range(max(20, int(2e10 / (m * k * n)))):
+        for product in (lambda: a @ b, lambda: compiled(*a_and_b)):
+            start = time.perf_counter()
+            product()
+            times.append(time.perf_counter() - start)
     return 2 * m * k * n / min(times) / 1e9
 
 
@@ -106,10 +112,11 @@ def spread(seconds):
 
 def compare(programs, n_rounds, n_epochs):
     """Times all programs in turn, for both optimizers, and prints the table."""
-    peak = product_peak(2048, 2048, 2048)
-    print(f"float32 product of 2048 x 2048 x 2048: {peak:.0f} GFLOP/s")
-    for shape in ((128, 784, 500), (128, 500, 500), (128, 500, 784), (784, 128, 500)):
-        print(f"float32 product of {' x '.join(map(str, shape))}: {product_peak(*shape):.0f} GFLOP/s")
+    run_main.import_tensorflow()
+    shapes = [(2048, 2048, 2048), (128, 784, 500), (128, 500, 500), (128, 500, 784), (784, 128, 500)]
+    peaks = [product_peak(*shape) for shape in shapes]
+    for shape, peak in zip(shapes, peaks, strict=True):
+        print(f"float32 product of {' x '.join(map(str, shape))}: {peak:.0f} GFLOP/s")
     operations = multiply_adds(dim_z=2)
     print(f"a step at dim_z 2 takes {operations / 1e6:.2f} million multiply-adds an image\n")
     print(
@@ -119,15 +126,16 @@ def compare(programs, n_rounds, n_epochs):
         rounds = {name: [] for name in programs}
         for _ in range(n_rounds):
             for name in programs:
-                rounds[name].append(measure(name, n_epochs, optimizer=optimizer, dim_z=2)["seconds"])
+                result = measure(name, n_epochs, optimizer=optimizer, dim_z=2)
+                rounds[name].append(result["seconds"])
         own = [np.median(seconds) for seconds in rounds["ours"]]
         for name in programs:
             median = np.median(rounds[name])
-            rate = mnist_data.N_TRAIN // 128 * 128 / median
+            rate = result["n_images"] / median
             ratios = [mine / np.median(other) for mine, other in zip(own, rounds[name], strict=True)]
             pairs = f"{np.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
             goal = f", goal {GOALS[name]}" if name in GOALS else ""
-            share = 2 * operations * rate / peak / 1e9
+            share = 2 * operations * rate / peaks[0] / 1e9
             seconds = spread(np.concatenate(rounds[name]))
             print(
                 f"{optimizer:9} {name:7} {seconds:31} {rate:10,.0f} {share:14.0%}  {pairs}{goal}", flush=True
@@ -171,17 +179,16 @@ def time_to_quality(with_jax):
 
 def growth():
     """Says how our seconds an epoch and memory grow with the network, the batch and the images."""
-    print("\nsgd, dim_z 2        seconds an epoch  images/s  megabytes above the imports")
+    print("\nsgd, dim_z 2       seconds an epoch  images/s  megabytes above the imports")
     settings = [{"n_hidden": n} for n in (250, 500, 1000, 2000)]
     settings += [{"batch_size": n} for n in (64, 128, 512, 2048)]
-    settings += [{"n_images": n * mnist_data.N_TRAIN} for n in (1, 5)]
+    settings += [{"augmented": augmented} for augmented in (False, True)]
     for setting in settings:
         result = measure("ours", 2, optimizer="sgd", dim_z=2, **setting)
         ((name, value),) = setting.items()
         seconds = np.median(result["seconds"])
-        rate = setting.get("n_images", mnist_data.N_TRAIN) / seconds
-        row = f"{name:10} {value:7,} {seconds:17.2f} {rate:9,.0f} {result['megabytes']:10.0f}"
-        print(row, flush=True)
+        rate = result["n_images"] / seconds
+        print(f"{name:10} {value!s:>7} {seconds:17.2f} {rate:9,.0f} {result['megabytes']:10.0f}", flush=True)
 
 
 def main():
@@ -191,8 +198,7 @@ def main():
     parser.add_argument("--work", help=argparse.SUPPRESS)  # how it starts itself for one program
     arguments = parser.parse_args()
     if arguments.work:
-        name, n_images, n_epochs, setting = json.loads(arguments.work)
-        work(name, n_images, n_epochs, setting)
+        work(*json.loads(arguments.work))
         return
     mnist_data.load_mnist(ROOT / "data", run_main.Console())
     programs = ["ours"]

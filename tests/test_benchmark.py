@@ -1,0 +1,35 @@
+"""That the benchmark's programs are the same network, and learn. Nothing is timed here."""
+
+import importlib
+import itertools
+
+import benchmark
+import numpy as np
+import pytest
+
+import vae
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("peer", benchmark.PEERS)
+def test_programs_learn_alike(peer, optimizer, mnist):
+    for module in benchmark.PEERS[peer]:
+        pytest.importorskip(module)
+    setting = {"optimizer": optimizer, "dim_z": 2, "n_hidden": 60, "batch_size": 50}
+
+    def losses(train):
+        return list(itertools.islice(train(mnist.train_images[:5_000], **setting), 3))
+
+    peers = losses(importlib.import_module(f"peers.{peer}_vae").train)
+    own = losses(benchmark.ours)
+    assert peers == sorted(peers, reverse=True)
+    assert own == sorted(own, reverse=True)
+    # Ours starts from the mean image, so it is ahead at first; a sum over the batch or a mean over the
+    # pixels would be off by a factor of 50 or more.
+    assert 0.7 < own[-1] / peers[-1] < 1.1
+
+
+def test_multiply_adds_are_those_of_the_products_with_the_weights():
+    network = vae.VAE(3, 40, np.full(784, 0.5), 0)
+    weights = sum(int(np.prod(w.shape)) for w in network.trainable_variables if len(w.shape) == 2)
+    assert benchmark.multiply_adds(3, 40) == 3 * weights - 784 * 40
