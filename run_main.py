@@ -65,8 +65,9 @@ MADE_ONCE = ("generated.npz", "reconstructed.npz", "reconstructed.png")
 RESULTS = ("config.json", "log.csv", "metrics.json", *PICTURES, *MADE_ONCE, "checkpoint")
 # What a resumed or loaded run may be given anew, as it may all flags of plots; the other flags are its own.
 AFTERWARDS = ("n_importance", "n_generate", "reconstruct")
-RESUME_MAY_CHANGE = ("num_epochs", "animate", "data_dir", "results_path", "resume", "overwrite", *AFTERWARDS)
-LOAD_MAY_CHANGE = ("seed", "animate", "data_dir", "results_path", "load", "overwrite", *AFTERWARDS)
+EITHER_MAY_CHANGE = ("animate", "data_dir", "distribute", "results_path", "overwrite", *AFTERWARDS)
+RESUME_MAY_CHANGE = ("num_epochs", "resume", *EITHER_MAY_CHANGE)
+LOAD_MAY_CHANGE = ("seed", "load", *EITHER_MAY_CHANGE)
 
 
 class UserError(Exception):
@@ -250,7 +251,7 @@ def parse_flags(arguments=None):
             run = f"the run in {flags.results_path}"
             parser.error(f"--num_epochs {flags.num_epochs}: {run} has {done} already; take no fewer")
     if flags.load:
-        not_taken = ("results_path", *AFTERWARDS)
+        not_taken = ("results_path", "distribute", *AFTERWARDS)
         flags = flags_of_run(parser, arguments, "load", flags.load, LOAD_MAY_CHANGE, not_taken)
         if not checkpoint_epochs(flags.load):
             parser.error(f"--load {flags.load} has no checkpoint of a finished epoch; name another run")
@@ -276,6 +277,13 @@ def check_together(parser, flags):
         parser.error(f"--animate keeps a frame an epoch, too many with {flags.num_epochs}: {most}")
     if flags.animate and max(flags.PMLR_n_img_x, flags.PMLR_n_img_y) > MAX_FRAME_DIGITS:
         parser.error(f"--animate: take at most {MAX_FRAME_DIGITS} for --PMLR_n_img_x and --PMLR_n_img_y")
+    if flags.distribute != "none" and flags.load:
+        parser.error(f"--distribute {flags.distribute} is for training, and --load does not train")
+    try:
+        is_chief(flags)
+    except ValueError:
+        example = '{"cluster": {"worker": ["HOST:PORT", ...]}, "task": {"type": "worker", "index": 0}}'
+        parser.error(f"--distribute multi_worker needs TF_CONFIG in the environment, like {example}")
     if flags.noise_level != parser.get_default("noise_level") and not flags.add_noise:
         parser.error(f"--noise_level {flags.noise_level} does nothing without --add_noise")
     for plot in ("PRR", "PMLR"):
@@ -294,6 +302,25 @@ def check_together(parser, flags):
         parser.error(
             f"--PMLR_n_samples {flags.PMLR_n_samples} is more than the {mnist_data.N_TEST} test digits"
         )
+
+
+def is_chief(flags):
+    """Returns whether this process is the one that writes, of those that train together.
+
+    Raises ValueError if TF_CONFIG does not describe such a cluster and this process's place in it.
+    """
+    if flags.distribute != "multi_worker":
+        return True
+    try:
+        config = json.loads(os.environ["TF_CONFIG"])
+        workers, task = config["cluster"], (config["task"]["type"], config["task"]["index"])
+        addresses = [address for job in workers for address in workers[job]]
+        fits = set(workers) <= {"chief", "worker"} and task[1] in range(len(workers[task[0]]))
+        if not (fits and all(re.fullmatch(r".+:\d+", address) for address in addresses)):
+            raise ValueError
+    except (LookupError, ValueError, TypeError):
+        raise ValueError("TF_CONFIG") from None
+    return task == ("chief" if "chief" in workers else "worker", 0)
 
 
 def flags_of_run(parser, arguments, flag, folder, may_change, not_taken):
@@ -320,16 +347,18 @@ def flags_of_run(parser, arguments, flag, folder, may_change, not_taken):
 
 
 class Console:
-    """Lines on standard output and, on a terminal, a moving bar below them."""
+    """Lines on standard output and, on a terminal, a moving bar below them; errors only if it is quiet."""
 
-    def __init__(self):
-        self.terminal = sys.stdout.isatty()
+    def __init__(self, quiet=False):
+        self.quiet = quiet
+        self.terminal = sys.stdout.isatty() and not quiet
 
     def line(self, text, file=None):
         """Prints a line, on standard output if no file is given, in place of the bar."""
         if self.terminal:
             print("\r\033[K", end="", flush=True)
-        print(text, file=file, flush=True)
+        if file or not self.quiet:
+            print(text, file=file, flush=True)
 
     def bar(self, what, done, total):
         """Shows how much is done of a total, which may be unknown: None."""
@@ -377,6 +406,26 @@ def take_folder(flags):
         if (folder / name).exists():
             raise FlagError(f"--results_path {folder} holds a {name} that is of no run; name another folder")
     return folder
+
+
+@contextlib.contextmanager
+def results_folder(flags):
+    """Yields the folder for a run's results, that of take_folder.
+
+    All workers take part in writing a checkpoint, so those that are not the chief have a folder, too: a
+    temporary one.
+    """
+    if not is_chief(flags):
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+        return
+    folder = take_folder(flags)
+    try:
+        yield folder
+    finally:
+        if not flags.results_path:
+            with contextlib.suppress(OSError):  # something has been written into it
+                folder.rmdir()
 
 
 def lock(folder):
@@ -491,7 +540,6 @@ def make_state(network, optimizer):
 
     That is the weights, the momenta, the history of the epochs and, for --animate, (n, height, width) frames.
     """
-    optimizer.build(network.trainable_variables)
     frames = tf.Variable(np.zeros((0, 0, 0), np.uint8), shape=(None, None, None))
     return tf.train.Checkpoint(network=network, optimizer=optimizer, history=tf.Variable(""), frames=frames)
 
@@ -563,37 +611,82 @@ def quiet_stderr():
             os.close(stderr)
 
 
-def import_tensorflow():
+def import_tensorflow(log_level="2"):
     """Imports TensorFlow and what is built on it, for this whole file and without its start-up messages.
 
-    That takes seconds, so it waits until the flags have been checked.
+    That takes seconds, so it waits until the flags have been checked. log_level: what it may say later on its
+    own, "2" errors, "3" nothing.
     """
     global keras, plot_utils, tf, vae  # noqa: PLW0603
     asked_for = "TF_CPP_MIN_LOG_LEVEL" in os.environ
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # errors only, once its logging has begun
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", log_level)
     gc.disable()  # a quarter of the import would go to looking for garbage
     with contextlib.nullcontext() if asked_for else quiet_stderr():
         import tensorflow as tf
         from tensorflow import keras
 
-        tf.config.list_physical_devices()  # where there is no GPU, it says what it misses
+        for gpu in tf.config.list_physical_devices("GPU"):  # where there is none, it says what it misses
+            tf.config.experimental.set_memory_growth(gpu, True)  # other programs may use it, too
     import plot_utils
     import vae
 
     gc.enable()
 
 
-def make_optimizer(flags, n_steps):
-    """Returns the Keras optimizer with its rate decaying to 0 over n_steps, along a half cosine."""
-    rate = keras.optimizers.schedules.CosineDecay(flags.learn_rate, n_steps)
-    if flags.optimizer == "adam":
-        return keras.optimizers.Adam(rate)
+@contextlib.contextmanager
+def make_strategy(flags, console):
+    """Yields the tf.distribute strategy to train with. Raises FlagError if the batch cannot be split so.
+
+    Within, what TensorFlow says of a worker that is gone is a UserError.
+    """
+    if flags.distribute == "mirrored":
+        strategy = tf.distribute.MirroredStrategy()
+    elif flags.distribute == "multi_worker":
+        console.line("waiting for the other workers")
+        # TensorFlow waits where Python learns of no Ctrl-C, and takes SIGTERM for itself.
+        previous = signal.signal(signal.SIGINT, signal.SIG_DFL)
+        strategy = tf.distribute.MultiWorkerMirroredStrategy()
+        signal.signal(signal.SIGINT, previous)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    else:
+        strategy = tf.distribute.get_strategy()
+    n = strategy.num_replicas_in_sync
+    if flags.batch_size % n:
+        raise FlagError(f"--batch_size {flags.batch_size} cannot be split over {n} replicas: take a multiple")
+    try:
+        yield strategy
+        workers_mean(strategy, 0)  # wait for each other: who ends earlier counts as dead
+    except tf.errors.OpError as error:
+        if flags.distribute != "multi_worker" or "Collective" not in error.message:
+            raise
+        raise UserError("another worker is gone: start all of them again, with --resume") from error
+
+
+def workers_mean(strategy, number):
+    """Returns the mean of the workers' numbers, for which each waits for the others."""
+
+    @tf.function
+    def mean():
+        numbers = strategy.run(lambda: tf.constant(float(number)))
+        return strategy.reduce("MEAN", numbers, axis=None)
+
+    return float(mean())
+
+
+def make_optimizer(flags, n_steps, weights):
+    """Returns the Keras optimizer of the weights; its rate decays to 0 over n_steps, along a half cosine."""
 
     class ClippedSGD(keras.optimizers.SGD):
         def update_step(self, gradient, variable, learning_rate):
             super().update_step(clip(gradient), variable, learning_rate)
 
-    return ClippedSGD(rate, MOMENTUM, nesterov=True)
+    rate = keras.optimizers.schedules.CosineDecay(flags.learn_rate, n_steps)
+    if flags.optimizer == "adam":
+        optimizer = keras.optimizers.Adam(rate)
+    else:
+        optimizer = ClippedSGD(rate, MOMENTUM, nesterov=True)
+    optimizer.build(weights)
+    return optimizer
 
 
 def clip(gradient):
@@ -620,12 +713,8 @@ def seen(x, flags, seed):
     return vae.salt_and_pepper(x, flags.noise_level, seed) if flags.add_noise else x
 
 
-def make_train_steps(network, optimizer, flags):
-    """Returns the function that trains: stochastic gradient descent on the negative ELBO.
-
-    It works on all replicas of the current tf.distribute strategy; without one, that is a single one.
-    """
-    strategy = tf.distribute.get_strategy()
+def make_train_steps(strategy, network, optimizer, flags):
+    """Returns the function that trains: stochastic gradient descent on the negative ELBO."""
     weights = network.trainable_variables
 
     @tf.function(jit_compile=True)
@@ -662,6 +751,15 @@ def make_train_steps(network, optimizer, flags):
         return total
 
     return train_steps
+
+
+def build(strategy, images, flags):
+    """Returns the state to train, with a copy on each replica, for images (n, 784) uint8."""
+    with strategy.scope():
+        network = vae.VAE(flags.dim_z, flags.n_hidden, images.mean(axis=0) / 255, flags.seed)
+        n_steps = flags.num_epochs * (len(images) // flags.batch_size)
+        optimizer = make_optimizer(flags, n_steps, network.trainable_variables)
+    return make_state(network, optimizer)
 
 
 class Digits(NamedTuple):
@@ -773,14 +871,16 @@ def deferred_interrupt():
         signal.signal(signal.SIGINT, previous)
 
 
-def train(network, evaluate, data, flags, folder, console):
-    """Trains the network for all epochs; keeps checkpoint, log and pictures in the folder at the newest.
+def train(strategy, state, evaluate, data, flags, folder, console):
+    """Trains for all epochs; keeps checkpoint, log and pictures in the folder at the newest.
 
     Returns the pictures' paths. Ctrl-C ends it with a KeyboardInterrupt that says what is there.
     """
-    optimizer = make_optimizer(flags, flags.num_epochs * (len(data.train_images) // flags.batch_size))
-    state = make_state(network, optimizer)
-    history = restore_checkpoint(state, folder, console) if flags.resume else []
+    history = restore_checkpoint(state, flags.results_path, console) if flags.resume else []
+    if workers_mean(strategy, len(history)) != len(history):
+        raise UserError(
+            f"the workers have not the same {flags.results_path}: let all of them use the chief's"
+        )
     if flags.resume:
         write_json(folder / "config.json", configuration(flags))
     if history:
@@ -790,7 +890,7 @@ def train(network, evaluate, data, flags, folder, console):
             (folder / "metrics.json").unlink(missing_ok=True)
         write_log(folder / "log.csv", history)
         pictures = draw_pictures(state, data, flags, history, folder)
-    train_steps = make_train_steps(network, optimizer, flags)
+    train_steps = make_train_steps(strategy, state.network, state.optimizer, flags)
     images = tf.constant(data.train_images)
     if len(history) < flags.num_epochs:
         # The first call compiles. It takes no steps, so that the first epoch's seconds are as the others'.
@@ -801,7 +901,7 @@ def train(network, evaluate, data, flags, folder, console):
         try:
             for epoch in range(n_before + 1, flags.num_epochs + 1):
                 row = {"epoch": epoch}
-                learn_rate = float(optimizer.learning_rate)
+                learn_rate = float(state.optimizer.learning_rate)
                 epoch_start = time.perf_counter()
                 terms = train_epoch(train_steps, images, epoch, flags, console, interrupted)
                 seconds = time.perf_counter() - epoch_start
@@ -1007,20 +1107,6 @@ def reconstruct(network, x, flags, folder):
     return [folder / "reconstructed.npz", folder / "reconstructed.png"]
 
 
-def get_data(folder, flags, console):
-    """Returns MNIST, with copies of the training digits where they are asked for and used."""
-    try:
-        data = mnist_data.load_mnist(flags.data_dir, console)
-    except BaseException:
-        if not flags.results_path:
-            folder.rmdir()  # just created, and nothing is in it
-        raise
-    if flags.augment and not flags.load:
-        augmented = mnist_data.augment(data.train_images, flags.seed, console)
-        data = data._replace(train_images=augmented)
-    return data
-
-
 def begin_run(folder, flags):
     """Makes a folder ready for a run's results, and a run's folder by its config.json."""
     if flags.overwrite:
@@ -1031,51 +1117,66 @@ def begin_run(folder, flags):
         write_json(folder / "config.json", configuration(flags))
 
 
-def run(flags, console):
-    """Does what the flags ask for, from the data to the results."""
-    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(f"this Python lacks {', '.join(missing)}: pip install -r requirements.txt")
-    own_images = read_own_images(flags)
-    folder = take_folder(flags)
+def work_with(network, evaluate, data, own_images, flags, folder, console):
+    """Measures the network and makes with it what the flags ask for; returns the paths of that."""
+    metrics = make_metrics(network, evaluate, data, flags, console)
+    write_json(folder / "metrics.json", read_metrics(folder) | metrics)
+    paths = []
+    if flags.n_generate:
+        write_arrays(folder / "generated.npz", generate(network, flags, console))
+        paths.append(folder / "generated.npz")
+    if flags.reconstruct:
+        paths += reconstruct(network, own_images, flags, folder)
+    return paths
+
+
+def run(flags, folder, own_images, console):
+    """Does what the flags ask for, from the data to the results in the folder.
+
+    own_images: (n, 784), those of --reconstruct, or None.
+    """
     training = f"{flags.num_epochs} epochs of {flags.optimizer}"
     task = f"the network of {flags.load}" if flags.load else training
     console.line(f"{folder}: dim_z {flags.dim_z}, {task}")
-    data = get_data(folder, flags, console)
-    if not flags.load:
-        begin_run(folder, flags)
+    data = mnist_data.load_mnist(flags.data_dir, console)
     console.line("loading TensorFlow")
-    import_tensorflow()
-    data = make_digits(data, flags)
-    network = vae.VAE(flags.dim_z, flags.n_hidden, data.train_images.mean(axis=0) / 255, flags.seed)
-    evaluate = make_evaluate(network, flags)
-    if flags.load:
-        state = make_state(network, make_optimizer(flags, 1))
-        history = restore_checkpoint(state, flags.load, console)
-        if folder == flags.load:
-            remove_unfinished(folder)
-        else:
+    # Of a worker that is gone, TensorFlow raises an exception, and says it in many lines before.
+    import_tensorflow("3" if flags.distribute == "multi_worker" else "2")
+    with make_strategy(flags, console) as strategy:
+        if flags.augment and not flags.load:
+            augmented = mnist_data.augment(data.train_images, flags.seed, console)
+            data = data._replace(train_images=augmented)
+        if not flags.load:
             begin_run(folder, flags)
-        results = draw_pictures(state, data, flags, history, folder)
-    else:
-        results = train(network, evaluate, data, flags, folder, console)
-    metrics = make_metrics(network, evaluate, data, flags, console)
-    write_json(folder / "metrics.json", read_metrics(folder) | metrics)
-    if flags.n_generate:
-        write_arrays(folder / "generated.npz", generate(network, flags, console))
-        results.append(folder / "generated.npz")
-    if flags.reconstruct:
-        results += reconstruct(network, own_images, flags, folder)
-    for path in results:
-        console.line(f"  {path}")
+        data = make_digits(data, flags)
+        state = build(strategy, data.train_images, flags)
+        evaluate = make_evaluate(state.network, flags)
+        if flags.load:
+            history = restore_checkpoint(state, flags.load, console)
+            if folder == flags.load:
+                remove_unfinished(folder)
+            else:
+                begin_run(folder, flags)
+            results = draw_pictures(state, data, flags, history, folder)
+        else:
+            results = train(strategy, state, evaluate, data, flags, folder, console)
+        if is_chief(flags):
+            results += work_with(state.network, evaluate, data, own_images, flags, folder, console)
+            for path in results:
+                console.line(f"  {path}")
 
 
 def main(arguments=None):
     """Runs the program; returns its exit status."""
     flags = parse_flags(arguments)
-    console = Console()
+    console = Console(quiet=not is_chief(flags))
     try:
-        run(flags, console)
+        missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+        if missing:
+            raise UserError(f"this Python lacks {', '.join(missing)}: pip install -r requirements.txt")
+        own_images = read_own_images(flags)
+        with results_folder(flags) as folder:
+            run(flags, folder, own_images, console)
     except KeyboardInterrupt as interrupt:
         console.line(f"interrupted: {interrupt}" if str(interrupt) else "interrupted")
         return 130

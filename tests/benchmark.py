@@ -41,10 +41,9 @@ def ours(images, optimizer, dim_z, n_hidden=500, batch_size=128):
     numbers = {"dim_z": dim_z, "n_hidden": n_hidden, "batch_size": batch_size, "num_epochs": 1_000}
     arguments = [f"--{name}={value}" for name, value in numbers.items()]
     flags = run_main.parse_flags([*arguments, f"--optimizer={optimizer}"])
-    network = run_main.vae.VAE(dim_z, n_hidden, images.mean(axis=0) / 255, flags.seed)
-    update = run_main.make_optimizer(flags, flags.num_epochs * (len(images) // batch_size))
-    update.build(network.trainable_variables)
-    train_steps = run_main.make_train_steps(network, update, flags)
+    strategy = run_main.tf.distribute.get_strategy()
+    state = run_main.build(strategy, images, flags)
+    train_steps = run_main.make_train_steps(strategy, state.network, state.optimizer, flags)
     images = run_main.tf.constant(images)
     for epoch in range(1, flags.num_epochs + 1):
         terms = run_main.train_epoch(train_steps, images, epoch, flags, run_main.Console(), threading.Event())

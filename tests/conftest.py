@@ -21,6 +21,14 @@ class Listener:
         self.bars.append((what, done, total))
 
 
+def build(data, flags):
+    """The strategy and the state to train, as the program makes them for one machine."""
+    import run_main
+
+    strategy = run_main.tf.distribute.get_strategy()
+    return strategy, run_main.build(strategy, data.train_images, flags)
+
+
 @pytest.fixture
 def console():
     return Listener()

@@ -8,6 +8,7 @@ import resource
 import shutil
 import subprocess
 
+import conftest
 import numpy as np
 import pytest
 from PIL import Image
@@ -80,16 +81,18 @@ def test_killed_at_random_moments_and_resumed_ends_in_the_same_bits(program, dat
 def trained(mnist, tmp_path, console):
     """A function that trains in a folder, anew or resumed; returns the final weights."""
 
-    def train(folder, num_epochs, *more, resume=False, network=None):
+    def train(folder, num_epochs, *more, resume=False, other=None):
         flags = [*FLAGS, "--PRR=False", "--PMLR=False", "--num_epochs", str(num_epochs), *more]
         flags = run_main.parse_flags(flags)
         flags.resume = resume
         data = few(mnist, 1_000, flags)
         (tmp_path / folder).mkdir(exist_ok=True)
-        network = network or vae.VAE(2, 64, data.train_images.mean(axis=0) / 255, seed=0)
-        evaluate = run_main.make_evaluate(network, flags)
-        run_main.train(network, evaluate, data, flags, tmp_path / folder, console)
-        return [weight.numpy() for weight in network.weights]
+        flags.results_path = tmp_path / folder
+        strategy, state = conftest.build(data, flags)
+        state = other or state
+        evaluate = run_main.make_evaluate(state.network, flags)
+        run_main.train(strategy, state, evaluate, data, flags, tmp_path / folder, console)
+        return [weight.numpy() for weight in state.network.weights]
 
     return train
 
@@ -120,7 +123,7 @@ def test_damaged_checkpoint_falls_back_to_the_one_before(trained, tmp_path, cons
 def test_no_damage_gets_into_the_weights(trained, tmp_path, console):
     good = trained("run", 2)
     network = vae.VAE(2, 64, np.zeros(784), seed=1)
-    optimizer = run_main.make_optimizer(run_main.parse_flags([*FLAGS]), 4)
+    optimizer = run_main.make_optimizer(run_main.parse_flags([*FLAGS]), 4, network.trainable_variables)
     state = run_main.make_state(network, optimizer)
     rng = random.Random(0)
     for path in (tmp_path / "run" / "checkpoint").glob("epoch-2.*"):
@@ -218,8 +221,10 @@ def test_a_checkpoint_of_another_network_is_refused(trained, tmp_path):
     deeper.another_layer = run_main.keras.layers.Dense(3)
     deeper.another_layer.build((None, 64))
     for network in (narrower, deeper):
+        optimizer = run_main.make_optimizer(run_main.parse_flags([*FLAGS]), 4, network.trainable_variables)
+        other = run_main.make_state(network, optimizer)
         with pytest.raises(run_main.UserError, match="does not fit the network"):
-            trained("run", 2, resume=True, network=network)
+            trained("run", 2, resume=True, other=other)
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.*")} == before
 
 

@@ -142,10 +142,10 @@ def test_training_on_few_digits_lowers_the_loss(mnist, tmp_path, console, optimi
         [*FLAGS, "--batch_size", "50", "--num_epochs", "15", "--optimizer", optimizer]
     )
     data = few(mnist, 500, flags)
-    network = run_main.vae.VAE(2, 64, data.train_images.mean(axis=0) / 255, seed=0)
-    evaluate = run_main.make_evaluate(network, flags)
+    strategy, state = conftest.build(data, flags)
+    evaluate = run_main.make_evaluate(state.network, flags)
     before = evaluate(data.valid_images, data.valid_seen)["elbo"]
-    run_main.train(network, evaluate, data, flags, tmp_path, console)
+    run_main.train(strategy, state, evaluate, data, flags, tmp_path, console)
     log = read_log(tmp_path)
     assert [row["epoch"] for row in log] == list(range(1, 16))
     assert log[0]["train_elbo"] < log[-1]["train_elbo"] - 15
@@ -177,13 +177,11 @@ def test_cutting_an_epoch_into_pieces_changes_no_bit(mnist):
     batches = run_main.shuffled_batches(3_000, 1, flags)
 
     def weights_after(*pieces):
-        network = run_main.vae.VAE(2, 64, mnist.train_images.mean(axis=0) / 255, seed=0)
-        optimizer = run_main.make_optimizer(flags, 6)
-        optimizer.build(network.trainable_variables)
-        train_steps = run_main.make_train_steps(network, optimizer, flags)
+        strategy, state = conftest.build(mnist, flags)
+        train_steps = run_main.make_train_steps(strategy, state.network, state.optimizer, flags)
         for piece in pieces:
             train_steps(images, batches, *map(run_main.tf.constant, (1, *piece)))
-        return [weight.numpy() for weight in network.weights]
+        return [weight.numpy() for weight in state.network.weights]
 
     for whole, cut in zip(weights_after((0, 6)), weights_after((0, 1), (1, 4), (4, 6)), strict=True):
         np.testing.assert_array_equal(whole, cut)
@@ -217,9 +215,9 @@ def test_training_and_evaluation_show_the_network_what_they_should(mnist, noise)
     images = mnist.train_images[:1_000]
     clean, expected_seen = images.mean() / 255, 0.5 if noise else images.mean() / 255
     network = Recorder()
-    optimizer = run_main.make_optimizer(flags, 2)
-    optimizer.build(network.trainable_variables)
-    train_steps = run_main.make_train_steps(network, optimizer, flags)
+    optimizer = run_main.make_optimizer(flags, 2, network.trainable_variables)
+    strategy = run_main.tf.distribute.get_strategy()
+    train_steps = run_main.make_train_steps(strategy, network, optimizer, flags)
     batches = run_main.shuffled_batches(1_000, 1, flags)
     arguments = map(run_main.tf.constant, (1, 0, 2))
     x, x_seen = train_steps(run_main.tf.constant(images), batches, *arguments).numpy() / 2
@@ -366,7 +364,8 @@ def loaded(trained, mnist):
     flags = run_main.parse_flags(["--load", str(folder), "--n_importance", "5000"])
     data = run_main.make_digits(mnist, flags)
     network = run_main.vae.VAE(2, 64, mnist.train_images.mean(axis=0) / 255, seed=9)
-    state = run_main.make_state(network, run_main.make_optimizer(flags, 1))
+    optimizer = run_main.make_optimizer(flags, 1, network.trainable_variables)
+    state = run_main.make_state(network, optimizer)
     run_main.restore_checkpoint(state, folder, conftest.Listener())
     return flags, network, data
 
@@ -380,17 +379,19 @@ def test_log_px_against_integration_on_a_grid(loaded):
     log_px_z = images.astype(float) / 255 @ logits.T - np.logaddexp(0, logits).sum(axis=1)
     log_joint = log_px_z + stats.norm.logpdf(z).sum(axis=1)
     expected = logsumexp(log_joint, axis=1) + 2 * np.log(step)
+    # log p(x) does not depend on q(z|x), but how sure its estimate is. After three epochs q(z|x) is too
+    # narrow for most digits, which makes the weights' variance infinite; here it is wider.
+    network.z_mean_log_var.bias.assign_add([0, 0, 3, 3])
     x = run_main.pixels(images)
     log_px = network.log_marginal_likelihood(x, x, 50_000, [0, 0]).numpy()
-    # After three epochs, q(z|x) misses a part of p(z|x) for some digits. Importance sampling takes some
-    # exp(KL[p(z|x) || q(z|x)]) draws (Chatterjee and Diaconis 2018).
+    # The estimate of p(x) is a mean of weights with the relative variance E_p(z|x)[p(z|x) / q(z|x)] - 1.
     mean, log_var = (array.numpy()[:, None] for array in network.gaussian_encoder(x))
     log_q = stats.norm(mean, np.exp(log_var / 2)).logpdf(z).sum(axis=2)
     log_posterior = log_joint - expected[:, None]
-    kl = (np.exp(log_posterior) * (log_posterior - log_q)).sum(axis=1) * step**2
-    covered = kl < 3
-    assert covered.sum() >= 8
-    np.testing.assert_allclose(log_px[covered], expected[covered], atol=0.1)
+    variance = np.exp(logsumexp(2 * log_posterior - log_q, axis=1)) * step**2 - 1
+    standard_error = np.sqrt(variance / 50_000)
+    assert (standard_error < 0.025).all()
+    assert (np.abs(log_px - expected) < 5 * standard_error).all()
 
 
 def test_log_px_rises_from_the_elbo_with_the_draws(loaded):
@@ -664,7 +665,7 @@ def test_missing_data_are_one_error_and_leave_no_folder(monkeypatch, tmp_path, c
 def test_numbers_lost_in_a_later_epoch_leave_the_good_ones(mnist, tmp_path, console, monkeypatch):
     flags = run_main.parse_flags([*FLAGS, "--num_epochs", "3"])
     data = few(mnist, 1_000, flags)
-    network = run_main.vae.VAE(2, 64, data.train_images.mean(axis=0) / 255, seed=0)
+    strategy, state = conftest.build(data, flags)
     real, good = run_main.make_train_steps, {}
 
     def failing(*arguments):
@@ -679,9 +680,9 @@ def test_numbers_lost_in_a_later_epoch_leave_the_good_ones(mnist, tmp_path, cons
         return train_steps
 
     monkeypatch.setattr(run_main, "make_train_steps", failing)
-    evaluate = run_main.make_evaluate(network, flags)
+    evaluate = run_main.make_evaluate(state.network, flags)
     with pytest.raises(run_main.UserError, match="epoch 2"):
-        run_main.train(network, evaluate, data, flags, tmp_path, console)
+        run_main.train(strategy, state, evaluate, data, flags, tmp_path, console)
     assert len(good) == 10
     assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == good
 
@@ -723,7 +724,7 @@ def test_ctrl_c_ends_in_order(program, data_dir, tmp_path):
 def test_ctrl_c_while_the_last_epoch_is_written(mnist, tmp_path, console, monkeypatch):
     flags = run_main.parse_flags([*FLAGS, "--num_epochs", "1"])
     data = few(mnist, 1_000, flags)
-    network = run_main.vae.VAE(2, 64, data.train_images.mean(axis=0) / 255, seed=0)
+    strategy, state = conftest.build(data, flags)
     draw = run_main.draw_pictures
 
     def interrupted(*arguments):
@@ -732,9 +733,9 @@ def test_ctrl_c_while_the_last_epoch_is_written(mnist, tmp_path, console, monkey
 
     monkeypatch.setattr(run_main, "draw_pictures", interrupted)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    evaluate = run_main.make_evaluate(network, flags)
+    evaluate = run_main.make_evaluate(state.network, flags)
     with pytest.raises(KeyboardInterrupt, match="1 finished"):
-        run_main.train(network, evaluate, data, flags, tmp_path, console)
+        run_main.train(strategy, state, evaluate, data, flags, tmp_path, console)
     assert len(list(tmp_path.glob("*.png"))) == 7
     assert signal.signal(signal.SIGINT, before) == signal.default_int_handler
 
