@@ -29,6 +29,11 @@ def build(data, flags):
     return strategy, run_main.build(strategy, data.train_images, flags)
 
 
+def environment():
+    """The environment variables as run_main finds them; it sets this one where a test imports TensorFlow."""
+    return {name: value for name, value in os.environ.items() if name != "TF_CPP_MIN_LOG_LEVEL"}
+
+
 @pytest.fixture
 def console():
     return Listener()
@@ -54,13 +59,10 @@ def mnist(data_dir):
 def program(tmp_path):
     """A function that starts the real program with flags, in an empty folder."""
 
-    # run_main sets this when a test imports TensorFlow through it, and would find it set here.
-    environment = {name: value for name, value in os.environ.items() if name != "TF_CPP_MIN_LOG_LEVEL"}
-
     def start(*flags, env=None, **options):
         command = [sys.executable, str(ROOT / "run_main.py"), *map(str, flags)]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": tmp_path}
-        pipes["env"] = environment | (env or {})
+        pipes["env"] = environment() | (env or {})
         return subprocess.Popen(command, **pipes | options)
 
     return start

@@ -1,0 +1,177 @@
+"""Training split over devices and machines: the same as on one, quiet, and never hanging."""
+
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import conftest
+import numpy as np
+import pytest
+from test_run_main import FLAGS, read_log
+
+import run_main
+
+run_main.import_tensorflow()
+
+STEPS = (
+    "--batch_size",
+    "64",
+    "--n_hidden",
+    "48",
+    "--add_noise",
+    "--binarize",
+)  # all that draws random numbers
+
+
+def cluster(n):
+    """Returns the TF_CONFIG of each of n workers on this machine."""
+    sockets = [socket.socket() for _ in range(n)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    workers = [f"127.0.0.1:{one.getsockname()[1]}" for one in sockets]
+    for one in sockets:
+        one.close()
+    tasks = [{"type": "worker", "index": index} for index in range(n)]
+    return [{"TF_CONFIG": json.dumps({"cluster": {"worker": workers}, "task": task})} for task in tasks]
+
+
+@pytest.fixture
+def ten_steps(data_dir, tmp_path):
+    """A function that starts the ten steps of a worker; their weights go into a file of its name."""
+
+    def start(name, *flags, env=None):
+        command = [sys.executable, conftest.ROOT / "tests" / "ten_steps.py", data_dir, tmp_path / name]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(
+            [*map(str, command), *flags], env=conftest.environment() | (env or {}), **pipes
+        )
+
+    return start
+
+
+def test_replicas_follow_the_trajectory_of_one(ten_steps, tmp_path):
+    arguments = ("--distribute", "multi_worker", *STEPS)
+    runs = [ten_steps("one.npz", *STEPS), ten_steps("devices.npz", "--distribute", "mirrored", *STEPS)]
+    runs += [ten_steps(f"worker_{i}.npz", *arguments, env=env) for i, env in enumerate(cluster(2))]
+    for run in runs:
+        assert (*run.communicate(timeout=300), run.returncode)[1:] == ("", 0)
+    one, *others = (np.load(tmp_path / f"{name}.npz") for name in ("one", "devices", "worker_0", "worker_1"))
+    assert (one["n_replicas"], *(other["n_replicas"] for other in others)) == (1, 2, 2, 2)
+    for other in others:
+        assert set(other) == set(one)
+        for name in set(one) - {"n_replicas"}:
+            error = np.linalg.norm(other[name] - one[name]) / np.linalg.norm(one[name])
+            assert error < 1e-4, name
+
+
+def test_replicas_draw_different_numbers(monkeypatch):
+    """The rows of a replica are those of its images, not the first ones again."""
+    tf = run_main.tf
+    whole = tf.random.stateless_normal((6, 2), [1, 2])
+    for i in range(2):
+        replica = SimpleNamespace(num_replicas_in_sync=2, replica_id_in_sync_group=i)
+        monkeypatch.setattr(tf.distribute, "get_replica_context", lambda replica=replica: replica)
+        rows = slice(3 * i, 3 * i + 3)
+        np.testing.assert_array_equal(run_main.vae.own_rows(tf.range(6)), np.arange(6)[rows])
+        drawn = run_main.vae.draw_rows(tf.random.stateless_normal, (3, 2), [1, 2])
+        np.testing.assert_array_equal(drawn, whole[rows])
+
+
+def test_a_batch_that_cannot_be_split_is_refused(ten_steps):
+    run = ten_steps("x.npz", "--distribute", "mirrored", "--batch_size", "63")
+    _, err = run.communicate(timeout=300)
+    assert err == "--batch_size 63 cannot be split over 2 replicas: take a multiple\n"
+    assert run.returncode == 1
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        None,
+        "",
+        "[]",
+        "{}",
+        '{"cluster": {"worker": ["a:1"]}}',
+        '{"cluster": {"worker": ["a:1"]}, "task": {"type": "worker", "index": 1}}',
+        '{"cluster": {"worker": ["a:1"]}, "task": {"type": "worker", "index": "0"}}',
+        '{"cluster": {"worker": ["a:1"]}, "task": {"type": "chief", "index": 0}}',
+        '{"cluster": {"worker": ["a"]}, "task": {"type": "worker", "index": 0}}',
+        '{"cluster": {"worker": [1]}, "task": {"type": "worker", "index": 0}}',
+        '{"cluster": {"worker": ["a:1"], "ps": ["b:1"]}, "task": {"type": "worker", "index": 0}}',
+        '{"cluster": ["a:1"], "task": {"type": "worker", "index": 0}}',
+    ],
+)
+def test_a_cluster_that_is_none_is_one_line(config, monkeypatch, capsys):
+    if config is None:
+        monkeypatch.delenv("TF_CONFIG", raising=False)
+    else:
+        monkeypatch.setenv("TF_CONFIG", config)
+    with pytest.raises(SystemExit) as end:
+        run_main.parse_flags(["--distribute", "multi_worker"])
+    assert end.value.code == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "TF_CONFIG" in err
+    assert run_main.parse_flags([]).distribute == "none"  # which needs no cluster
+
+
+@pytest.mark.parametrize("chief", [False, True])
+def test_the_chief_is_the_first_worker_or_who_is_named_so(monkeypatch, chief):
+    jobs = {"chief": ["a:1"], "worker": ["b:1", "c:1"]} if chief else {"worker": ["b:1", "c:1"]}
+    flags = run_main.parse_flags([])
+    flags.distribute = "multi_worker"
+    chiefs = []
+    for job, addresses in jobs.items():
+        for index in range(len(addresses)):
+            config = {"cluster": jobs, "task": {"type": job, "index": index}}
+            monkeypatch.setenv("TF_CONFIG", json.dumps(config))
+            if run_main.is_chief(flags):
+                chiefs.append((job, index))
+    assert chiefs == [("chief" if chief else "worker", 0)]
+
+
+def test_a_run_of_many_is_loaded_by_one(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run_main.parse_flags(["--load", str(tmp_path), "--distribute", "mirrored"])
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def start_workers(program, data_dir, *flags):
+    arguments = ("--data_dir", data_dir, "--distribute", "multi_worker", "--results_path", "run", *flags)
+    return [program(*arguments, env=env) for env in cluster(2)]
+
+
+def test_two_workers_survive_the_death_of_each(program, data_dir, tmp_path):
+    """One of two is killed, then, in the resumed run, the other; the third run ends as one worker's would."""
+    flags = (*FLAGS, "--num_epochs", "5", "--PMLR=False", "--PRR=False")
+    for victim, epoch, how in ((1, 1, flags), (0, 3, ["--resume"])):
+        workers = start_workers(program, data_dir, *how)
+        survivor = workers[1 - victim]
+        for line in workers[0].stdout:
+            if line.startswith(f"epoch {epoch}/5"):
+                workers[victim].send_signal(signal.SIGKILL)
+                break
+        _, err = survivor.communicate(timeout=120)
+        workers[victim].communicate()
+        assert survivor.returncode == 1
+        assert err == "run_main.py: error: another worker is gone: start all of them again, with --resume\n"
+        assert len(read_log(tmp_path / "run")) >= epoch
+    chief, other = start_workers(program, data_dir, "--resume")
+    out, err = chief.communicate(timeout=300)
+    assert (other.communicate(timeout=60), other.returncode) == (("", ""), 0)
+    assert (err, chief.returncode) == ("", 0)
+    assert re.search(r"taking the state after epoch [34]\n", out)
+    assert out.count("test ELBO") == 1
+    one = program("--data_dir", data_dir, "--results_path", "one", *flags)
+    one.communicate()
+    together, alone = read_log(tmp_path / "run"), read_log(tmp_path / "one")
+    assert [row["epoch"] for row in together] == [1, 2, 3, 4, 5]
+    for rows in zip(together, alone, strict=True):
+        elbos = [row["train_elbo"] for row in rows]
+        assert elbos[0] == pytest.approx(elbos[1], abs=0.2)
+    files = ({path.name for path in (tmp_path / name).iterdir()} for name in ("run", "one"))
+    assert next(files) == next(files)
