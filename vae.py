@@ -153,7 +153,7 @@ def dropout(h, keep_prob, seed, layer):
     # Keras' Dropout layer costs a fifth of the training time, these random bits far less. They exist
     # in compiled functions only.
     u = draw_rows(tf.random.stateless_uniform, h.shape, tf.random.fold_in(seed, layer), alg="threefry")
-    return tf.where(u < keep_prob, h / keep_prob, 0.0)
+    return tf.nn.experimental.general_dropout(h, rate=1 - keep_prob, uniform_sampler=lambda **_: u)
 
 
 def reparameterize(mean, log_var, seed):
