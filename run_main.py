@@ -6,6 +6,7 @@
 import argparse
 import contextlib
 import csv
+import faulthandler
 import gc
 import importlib.util
 import io
@@ -21,6 +22,7 @@ import sys
 import tempfile
 import threading
 import time
+import zlib
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
@@ -55,6 +57,8 @@ N_LINES = 10  # of the picture of interpolations
 LINE_STEPS = 10
 MAX_FRAMES = 100  # of an animation; 60 take 1.7 MB
 MAX_FRAME_DIGITS = 50  # from side to side
+
+JOIN_SECONDS = 600  # that machines wait for each other at the start
 
 PACKAGES = ("tensorflow", "keras", "numpy", "scipy", "matplotlib")
 PICTURES = (
@@ -283,7 +287,9 @@ def check_together(parser, flags):
         is_chief(flags)
     except ValueError:
         example = '{"cluster": {"worker": ["HOST:PORT", ...]}, "task": {"type": "worker", "index": 0}}'
-        parser.error(f"--distribute multi_worker needs TF_CONFIG in the environment, like {example}")
+        run = "the run's " if flags.resume else ""
+        needs = f"needs TF_CONFIG in the environment, like {example}, or take --distribute none"
+        parser.error(f"{run}--distribute multi_worker {needs}")
     if flags.noise_level != parser.get_default("noise_level") and not flags.add_noise:
         parser.error(f"--noise_level {flags.noise_level} does nothing without --add_noise")
     for plot in ("PRR", "PMLR"):
@@ -313,14 +319,25 @@ def is_chief(flags):
         return True
     try:
         config = json.loads(os.environ["TF_CONFIG"])
-        workers, task = config["cluster"], (config["task"]["type"], config["task"]["index"])
-        addresses = [address for job in workers for address in workers[job]]
-        fits = set(workers) <= {"chief", "worker"} and task[1] in range(len(workers[task[0]]))
-        if not (fits and all(re.fullmatch(r".+:\d+", address) for address in addresses)):
+        workers, job, index = config["cluster"], config["task"]["type"], config["task"]["index"]
+        addresses = list(itertools.chain(*workers.values()))
+        ports = [int(re.fullmatch(r".+:(\d+)", address)[1]) for address in addresses]
+        known = set(workers) <= {"chief", "worker"} and len(workers.get("chief", [])) <= 1
+        here = type(index) is int and 0 <= index < len(workers[job])
+        if not (known and here and len(set(addresses)) == len(addresses) and max(ports) < 2**16):
             raise ValueError
-    except (LookupError, ValueError, TypeError):
+    except (LookupError, ValueError, TypeError, AttributeError, RecursionError):
         raise ValueError("TF_CONFIG") from None
-    return task == ("chief" if "chief" in workers else "worker", 0)
+    return index == 0 and job == ("chief" if "chief" in workers else "worker")
+
+
+def fixed_flags(flags, may_change):
+    """Returns the flags of a run that may not be given anew, as {name: value}; those of plots always may."""
+    return {
+        name: value
+        for name, value in vars(flags).items()
+        if name not in may_change and not name.startswith(("PRR", "PMLR"))
+    }
 
 
 def flags_of_run(parser, arguments, flag, folder, may_change, not_taken):
@@ -336,9 +353,9 @@ def flags_of_run(parser, arguments, flag, folder, may_change, not_taken):
     recorded = parser.parse_args([f"--{name}={value}" for name, value in own.items() if value is not None])
     parser.where = ""
     flags = parser.parse_args(arguments, argparse.Namespace(**vars(recorded)))  # keeps what is not given
-    for name, value in vars(recorded).items():
+    for name, value in fixed_flags(recorded, may_change).items():
         given = getattr(flags, name)
-        if given != value and name not in may_change and not name.startswith(("PRR", "PMLR")):
+        if given != value:
             parser.error(f"--{name} is {given}, and the run in {folder} has {value}: leave it out")
     return flags
 
@@ -410,14 +427,12 @@ def take_folder(flags):
 
 @contextlib.contextmanager
 def results_folder(flags):
-    """Yields the folder for a run's results, that of take_folder.
+    """Yields the folder of take_folder; removes it at the end if it is a numbered one and still empty.
 
-    All workers take part in writing a checkpoint, so those that are not the chief have a folder, too: a
-    temporary one.
+    Yields None for a worker that is not the chief: it writes nothing.
     """
     if not is_chief(flags):
-        with tempfile.TemporaryDirectory() as folder:
-            yield Path(folder)
+        yield None
         return
     folder = take_folder(flags)
     try:
@@ -633,6 +648,38 @@ def import_tensorflow(log_level="2"):
     gc.enable()
 
 
+def join_workers(console):
+    """Returns the strategy over the machines of TF_CONFIG; ends the program if one does not come in time.
+
+    Raises UserError if TensorFlow cannot use the addresses.
+    """
+    console.line(f"waiting for the other workers, {JOIN_SECONDS / 60:g} minutes at most")
+    # TensorFlow waits without an end and lets no Python run meanwhile: faulthandler does not need it to.
+    with Path(os.devnull).open("w") as nowhere, interrupt_by_default():
+        faulthandler.dump_traceback_later(JOIN_SECONDS, exit=True, file=nowhere)
+        try:
+            strategy = tf.distribute.MultiWorkerMirroredStrategy()
+        except Exception as error:  # there is no one kind
+            problem = mnist_data.reason(error)
+            raise UserError(f"--distribute multi_worker cannot use TF_CONFIG: {problem}") from error
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which TensorFlow has taken, and would not end for
+    return strategy
+
+
+@contextlib.contextmanager
+def interrupt_by_default():
+    """Lets Ctrl-C end the program at once, where Python would not learn of it."""
+    previous = signal.getsignal(signal.SIGINT)
+    if previous != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
 @contextlib.contextmanager
 def make_strategy(flags, console):
     """Yields the tf.distribute strategy to train with. Raises FlagError if the batch cannot be split so.
@@ -642,35 +689,35 @@ def make_strategy(flags, console):
     if flags.distribute == "mirrored":
         strategy = tf.distribute.MirroredStrategy()
     elif flags.distribute == "multi_worker":
-        console.line("waiting for the other workers")
-        # TensorFlow waits where Python learns of no Ctrl-C, and takes SIGTERM for itself.
-        previous = signal.signal(signal.SIGINT, signal.SIG_DFL)
-        strategy = tf.distribute.MultiWorkerMirroredStrategy()
-        signal.signal(signal.SIGINT, previous)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        strategy = join_workers(console)
     else:
         strategy = tf.distribute.get_strategy()
     n = strategy.num_replicas_in_sync
     if flags.batch_size % n:
-        raise FlagError(f"--batch_size {flags.batch_size} cannot be split over {n} replicas: take a multiple")
+        problem = f"cannot be split over {n} replicas"
+        raise FlagError(f"--batch_size {flags.batch_size} {problem}: take a multiple, or --distribute none")
+    errors = tf.errors
+    gone = (errors.UnavailableError, errors.DeadlineExceededError, errors.AbortedError, errors.CancelledError)
     try:
         yield strategy
-        workers_mean(strategy, 0)  # wait for each other: who ends earlier counts as dead
-    except tf.errors.OpError as error:
-        if flags.distribute != "multi_worker" or "Collective" not in error.message:
+        check_agreement(strategy, "end", "")  # wait for each other: who ends earlier counts as dead
+    except gone as error:
+        if flags.distribute != "multi_worker":
             raise
-        raise UserError("another worker is gone: start all of them again, with --resume") from error
+        again = "start all of them again, with --resume once an epoch was finished"
+        raise UserError(f"another worker is gone: {again}") from error
 
 
-def workers_mean(strategy, number):
-    """Returns the mean of the workers' numbers, for which each waits for the others."""
+def check_agreement(strategy, what, content):
+    """Waits for all workers; raises UserError unless all of them have the same content, a string."""
 
     @tf.function
-    def mean():
-        numbers = strategy.run(lambda: tf.constant(float(number)))
-        return strategy.reduce("MEAN", numbers, axis=None)
+    def checksums():
+        checksum = tf.constant([zlib.crc32(content.encode())], tf.int64)
+        return strategy.gather(strategy.run(lambda: checksum), axis=0)
 
-    return float(mean())
+    if len(set(checksums().numpy())) > 1:
+        raise UserError(f"--distribute multi_worker: the workers have not the same {what}")
 
 
 def make_optimizer(flags, n_steps, weights):
@@ -871,25 +918,31 @@ def deferred_interrupt():
         signal.signal(signal.SIGINT, previous)
 
 
+def go_on(strategy, state, data, flags, folder, console):
+    """Sets the state to a run's newest good checkpoint; returns its history and the pictures drawn of it."""
+    history = restore_checkpoint(state, flags.results_path, console)
+    check_agreement(strategy, f"checkpoint in {flags.results_path}", json.dumps(history))
+    if folder:
+        write_json(folder / "config.json", configuration(flags))
+    if not (folder and history):
+        return history, []
+    for name in PICTURES:  # of an earlier state, and perhaps not wanted any more
+        (folder / name).unlink(missing_ok=True)
+    if len(history) < flags.num_epochs:
+        (folder / "metrics.json").unlink(missing_ok=True)
+    write_log(folder / "log.csv", history)
+    return history, draw_pictures(state, data, flags, history, folder)
+
+
 def train(strategy, state, evaluate, data, flags, folder, console):
     """Trains for all epochs; keeps checkpoint, log and pictures in the folder at the newest.
 
-    Returns the pictures' paths. Ctrl-C ends it with a KeyboardInterrupt that says what is there.
+    folder: None where another worker writes. Returns the pictures' paths. Ctrl-C ends it with a
+    KeyboardInterrupt that says what is there.
     """
-    history = restore_checkpoint(state, flags.results_path, console) if flags.resume else []
-    if workers_mean(strategy, len(history)) != len(history):
-        raise UserError(
-            f"the workers have not the same {flags.results_path}: let all of them use the chief's"
-        )
+    history, pictures = [], []
     if flags.resume:
-        write_json(folder / "config.json", configuration(flags))
-    if history:
-        for name in PICTURES:  # of an earlier state, and perhaps not wanted any more
-            (folder / name).unlink(missing_ok=True)
-        if len(history) < flags.num_epochs:
-            (folder / "metrics.json").unlink(missing_ok=True)
-        write_log(folder / "log.csv", history)
-        pictures = draw_pictures(state, data, flags, history, folder)
+        history, pictures = go_on(strategy, state, data, flags, folder, console)
     train_steps = make_train_steps(strategy, state.network, state.optimizer, flags)
     images = tf.constant(data.train_images)
     if len(history) < flags.num_epochs:
@@ -912,11 +965,12 @@ def train(strategy, state, evaluate, data, flags, folder, console):
                 check_finite(row, flags)
                 if flags.animate:
                     add_frame(state, flags)
-                save_checkpoint(state, [*history, row], folder)
+                if folder:
+                    save_checkpoint(state, [*history, row], folder)
+                    write_log(folder / "log.csv", [*history, row])
                 history.append(row)
-                write_log(folder / "log.csv", history)
                 undrawn = time.perf_counter() - drawn_at
-                if epoch == flags.num_epochs or drawing < PICTURES_SHARE * undrawn:
+                if folder and (epoch == flags.num_epochs or drawing < PICTURES_SHARE * undrawn):
                     pictures = draw_pictures(state, data, flags, history, folder)
                     n_drawn, drawing = epoch, time.perf_counter() - drawn_at - undrawn
                     drawn_at = time.perf_counter()
@@ -926,7 +980,7 @@ def train(strategy, state, evaluate, data, flags, folder, console):
                 if interrupted.is_set():
                     raise KeyboardInterrupt
         except KeyboardInterrupt:
-            if n_drawn < len(history):
+            if folder and n_drawn < len(history):
                 draw_pictures(state, data, flags, history, folder)
             done = f"the log and pictures of {len(history)} finished epochs are in {folder}, for --resume"
             raise KeyboardInterrupt(done if history else "no epoch was finished") from None
@@ -1146,7 +1200,9 @@ def run(flags, folder, own_images, console):
         if flags.augment and not flags.load:
             augmented = mnist_data.augment(data.train_images, flags.seed, console)
             data = data._replace(train_images=augmented)
-        if not flags.load:
+        fixed = sorted(fixed_flags(flags, RESUME_MAY_CHANGE).items())
+        check_agreement(strategy, "flags", f"{fixed} {flags.num_epochs} {flags.resume}")
+        if folder and not flags.load:
             begin_run(folder, flags)
         data = make_digits(data, flags)
         state = build(strategy, data.train_images, flags)
@@ -1160,7 +1216,7 @@ def run(flags, folder, own_images, console):
             results = draw_pictures(state, data, flags, history, folder)
         else:
             results = train(strategy, state, evaluate, data, flags, folder, console)
-        if is_chief(flags):
+        if folder:
             results += work_with(state.network, evaluate, data, own_images, flags, folder, console)
             for path in results:
                 console.line(f"  {path}")

@@ -11,8 +11,8 @@ import optax
 from jax import nn, random
 
 
-def train(images, optimizer, dim_z, n_hidden=500, batch_size=128, keep_prob=0.9):
-    """Trains on images (n, 784) uint8 and yields the loss of every epoch, nats per image."""
+def train(images, n_epochs, report, optimizer, dim_z, n_hidden=500, batch_size=128, keep_prob=0.9):
+    """Trains on images (n, 784) uint8 and reports the loss of every epoch, nats per image."""
     sizes = [784, n_hidden, n_hidden, 2 * dim_z], [dim_z, n_hidden, n_hidden, 784]
     layers = [pair for half in sizes for pair in pairwise(half)]
     keys = random.split(random.key(0), len(layers))
@@ -57,6 +57,6 @@ def train(images, optimizer, dim_z, n_hidden=500, batch_size=128, keep_prob=0.9)
         (weights, state), losses = jax.lax.scan(step, (weights, state), steps)
         return weights, state, losses.mean()
 
-    for key in random.split(random.key(1), 1_000):
+    for key in random.split(random.key(1), n_epochs):
         weights, state, loss = epoch(weights, state, key)
-        yield float(loss)
+        report(float(loss))

@@ -17,8 +17,8 @@ def reconstruction_error(x, logits):
     return tf.reduce_sum(tf.nn.sigmoid_cross_entropy_with_logits(labels=x, logits=logits), axis=1)
 
 
-def train(images, optimizer, dim_z, n_hidden=500, batch_size=128, keep_prob=0.9):
-    """Trains on images (n, 784) uint8 and yields the loss of every epoch, nats per image."""
+def train(images, n_epochs, report, optimizer, dim_z, n_hidden=500, batch_size=128, keep_prob=0.9):
+    """Trains on images (n, 784) uint8 and reports the loss of every epoch, nats per image."""
     he = keras.initializers.HeNormal(0)
 
     def hidden(activation):
@@ -33,6 +33,5 @@ def train(images, optimizer, dim_z, n_hidden=500, batch_size=128, keep_prob=0.9)
     network.compile(update, reconstruction_error, steps_per_execution=39)
     n_steps = len(images) // batch_size
     x = images[: n_steps * batch_size].astype("float32") / 255
-    while True:
-        history = network.fit(x, x, batch_size, shuffle=True, verbose=0)
-        yield history.history["loss"][0]
+    at_end = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: report(logs["loss"]))
+    network.fit(x, x, batch_size, n_epochs, shuffle=True, verbose=0, callbacks=[at_end])

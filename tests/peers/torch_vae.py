@@ -18,8 +18,8 @@ def half(n_in, n_hidden, n_out, activations, keep_prob):
     return nn.Sequential(*layers)
 
 
-def train(images, optimizer, dim_z, n_hidden=500, batch_size=128, keep_prob=0.9):
-    """Trains on images (n, 784) uint8 and yields the loss of every epoch, nats per image."""
+def train(images, n_epochs, report, optimizer, dim_z, n_hidden=500, batch_size=128, keep_prob=0.9):
+    """Trains on images (n, 784) uint8 and reports the loss of every epoch, nats per image."""
     torch.manual_seed(0)
     encoder = half(784, n_hidden, 2 * dim_z, (nn.ELU(), nn.Tanh()), keep_prob)
     decoder = half(dim_z, n_hidden, 784, (nn.Tanh(), nn.ELU()), keep_prob)
@@ -30,7 +30,7 @@ def train(images, optimizer, dim_z, n_hidden=500, batch_size=128, keep_prob=0.9)
         update = torch.optim.SGD(weights, lr=1e-3, momentum=0.98, nesterov=True, fused=True)
     images = torch.tensor(images)
     n_steps = len(images) // batch_size
-    while True:
+    for _ in range(n_epochs):
         batches = torch.randperm(len(images))[: n_steps * batch_size].reshape(n_steps, batch_size)
         total = 0.0
         for batch in batches:
@@ -47,4 +47,4 @@ def train(images, optimizer, dim_z, n_hidden=500, batch_size=128, keep_prob=0.9)
                 nn.utils.clip_grad_norm_(weights, 20.0)
             update.step()
             total += loss.item()
-        yield total / n_steps
+        report(total / n_steps)
