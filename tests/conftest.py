@@ -57,12 +57,16 @@ def mnist(data_dir):
 
 @pytest.fixture
 def program(tmp_path):
-    """A function that starts the real program with flags, in an empty folder."""
+    """A function that starts the real program with flags, in an empty folder. None outlives its test."""
+    started = []
 
     def start(*flags, env=None, **options):
         command = [sys.executable, str(ROOT / "run_main.py"), *map(str, flags)]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": tmp_path}
         pipes["env"] = environment() | (env or {})
-        return subprocess.Popen(command, **pipes | options)
+        started.append(subprocess.Popen(command, **pipes | options))
+        return started[-1]
 
-    return start
+    yield start
+    for run in started:
+        run.kill()

@@ -21,12 +21,9 @@ if __name__ == "__main__":
     if flags.distribute == "mirrored":
         devices = [tf.config.LogicalDeviceConfiguration()] * N_DEVICES
         tf.config.set_logical_device_configuration(tf.config.list_physical_devices("CPU")[0], devices)
-    try:
-        with run_main.make_strategy(flags, run_main.Console(quiet=True)) as strategy:
-            state = run_main.build(strategy, images, flags)
-            train_steps = run_main.make_train_steps(strategy, state.network, state.optimizer, flags)
-            batches = run_main.shuffled_batches(len(images), 1, flags)
-            terms = train_steps(tf.constant(images), batches, *map(tf.constant, (1, 0, 10)))
-            np.savez(out, *state.network.weights, terms=terms, n_replicas=strategy.num_replicas_in_sync)
-    except run_main.UserError as error:
-        sys.exit(f"{error}")
+    with run_main.make_strategy(flags, run_main.Console(quiet=True)) as strategy:
+        state = run_main.build(strategy, images, flags)
+        train_steps = run_main.make_train_steps(strategy, state.network, state.optimizer, flags)
+        batches = run_main.shuffled_batches(len(images), 1, flags)
+        terms = train_steps(tf.constant(images), batches, *map(tf.constant, (1, 0, 10)))
+        np.savez(out, *state.network.weights, terms=terms, n_replicas=strategy.num_replicas_in_sync)
