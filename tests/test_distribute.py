@@ -177,7 +177,7 @@ def test_two_workers_survive_the_death_of_each(program, data_dir, tmp_path):
 
 
 def test_workers_that_do_not_fit_leave_an_old_run_alone(program, data_dir, tmp_path):
-    """Other flags, or a batch that cannot be split: both end with one line, before --overwrite does anything."""
+    """Other flags or a batch that cannot be split: both end with one line, before --overwrite acts."""
     first = program("--data_dir", data_dir, "--results_path", "run", *FLAGS, "--num_epochs", "1")
     first.communicate()
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.*")}
