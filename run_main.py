@@ -645,6 +645,7 @@ def import_tensorflow(log_level="2"):
     import plot_utils
     import vae
 
+    gc.freeze()  # and a second, in what it brought, when the program ends
     gc.enable()
 
 
@@ -766,7 +767,9 @@ def make_train_steps(strategy, network, optimizer, flags):
     """Returns the function that trains: stochastic gradient descent on the negative ELBO."""
     weights = network.trainable_variables
 
-    @tf.function(jit_compile=True)
+    @tf.function(
+        jit_compile=True, autograph=False
+    )  # its conversion takes a second, and nothing here needs it
     def loss_and_gradients(images, seed):
         """Returns reconstruction error and KL divergence, (2,), and the gradients of their sum."""
         x = shown(images, flags, seed)
@@ -839,7 +842,7 @@ def make_digits(data, flags):
 def make_evaluate(network, flags):
     """Returns the function that estimates the ELBO, without dropout and with one draw of z an image."""
 
-    @tf.function  # XLA would be no faster, and takes twice as long to compile it
+    @tf.function(autograph=False)  # XLA would be no faster, and takes twice as long to compile it
     def block_terms(images, images_seen, block):
         seed = tf.random.fold_in(tf.stack([flags.seed, EVALUATION_EPOCH]), block)
         terms = network.negative_elbo(pixels(images), pixels(images_seen), seed)
