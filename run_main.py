@@ -51,7 +51,7 @@ LOG_PX_BLOCK = 20  # images at a time; divides the number of test digits
 IMAGES_BLOCK = 10_000  # images at a time
 UPDATES_PER_EPOCH = 10  # of the progress bar
 
-# All pictures together take a tenth of the seconds of a default epoch: they wait until their share is less.
+# All pictures together take a fifth of the seconds of a default epoch: they wait until their share is less.
 PICTURES_SHARE = 0.03
 N_LINES = 10  # of the picture of interpolations
 LINE_STEPS = 10
@@ -656,7 +656,7 @@ def join_workers(console):
     """
     console.line(f"waiting for the other workers, {JOIN_SECONDS / 60:g} minutes at most")
     # TensorFlow waits without an end and lets no Python run meanwhile: faulthandler does not need it to.
-    with Path(os.devnull).open("w") as nowhere, interrupt_by_default():
+    with Path(os.devnull).open("w") as nowhere, interrupts_go_to(signal.SIG_DFL):
         faulthandler.dump_traceback_later(JOIN_SECONDS, exit=True, file=nowhere)
         try:
             strategy = tf.distribute.MultiWorkerMirroredStrategy()
@@ -670,11 +670,11 @@ def join_workers(console):
 
 
 @contextlib.contextmanager
-def interrupt_by_default():
-    """Lets Ctrl-C end the program at once, where Python would not learn of it."""
+def interrupts_go_to(handler):
+    """Has Ctrl-C handled in another way, unless the program was started so that it ignores it."""
     previous = signal.getsignal(signal.SIGINT)
     if previous != signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, handler)
     try:
         yield
     finally:
@@ -767,9 +767,8 @@ def make_train_steps(strategy, network, optimizer, flags):
     """Returns the function that trains: stochastic gradient descent on the negative ELBO."""
     weights = network.trainable_variables
 
-    @tf.function(
-        jit_compile=True, autograph=False
-    )  # its conversion takes a second, and nothing here needs it
+    # Nothing in it needs autograph, whose conversion takes half a second.
+    @tf.function(jit_compile=True, autograph=False)
     def loss_and_gradients(images, seed):
         """Returns reconstruction error and KL divergence, (2,), and the gradients of their sum."""
         x = shown(images, flags, seed)
@@ -909,18 +908,14 @@ def train_epoch(train_steps, images, epoch, flags, console, interrupted):
 def deferred_interrupt():
     """Yields an event that the first Ctrl-C sets, so that a finished epoch is written whole."""
     interrupted = threading.Event()
+    previous = signal.getsignal(signal.SIGINT)
 
     def interrupt(*_):
         interrupted.set()
         signal.signal(signal.SIGINT, previous)
 
-    previous = signal.getsignal(signal.SIGINT)
-    if previous != signal.SIG_IGN:
-        signal.signal(signal.SIGINT, interrupt)
-    try:
+    with interrupts_go_to(interrupt):
         yield interrupted
-    finally:
-        signal.signal(signal.SIGINT, previous)
 
 
 def go_on(strategy, state, data, flags, folder, console):
@@ -968,9 +963,9 @@ def train(strategy, state, evaluate, data, flags, folder, console):
                 row |= {f"valid_{name}": value for name, value in valid.items()}
                 row |= {"learn_rate": learn_rate, "seconds": round(seconds, 3)}
                 check_finite(row, flags)
-                if flags.animate:
-                    add_frame(state, flags)
                 if folder:
+                    if flags.animate:
+                        add_frame(state, flags)
                     save_checkpoint(state, [*history, row], folder)
                     write_log(folder / "log.csv", [*history, row])
                 history.append(row)

@@ -24,6 +24,8 @@ import numpy as np
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import conftest  # noqa: E402
+
 import mnist_data  # noqa: E402
 import run_main  # noqa: E402
 
@@ -158,7 +160,7 @@ def time_to_result(dim_z, folder):
     """Runs the program as a user does; returns its log, and the seconds to its first line and to its end."""
     command = [sys.executable, str(ROOT / "run_main.py"), "--data_dir", str(ROOT / "data")]
     command += ["--dim_z", str(dim_z), "--results_path", str(folder)]
-    environment = {name: value for name, value in os.environ.items() if name != "TF_CPP_MIN_LOG_LEVEL"}
+    environment = conftest.environment()
     start = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as run:
         run.stdout.readline()

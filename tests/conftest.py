@@ -57,11 +57,14 @@ def mnist(data_dir):
 
 @pytest.fixture
 def program(tmp_path):
-    """A function that starts the real program with flags, in an empty folder. None outlives its test."""
+    """A function that starts the real program, or another script, with flags, in an empty folder.
+
+    None outlives its test.
+    """
     started = []
 
-    def start(*flags, env=None, **options):
-        command = [sys.executable, str(ROOT / "run_main.py"), *map(str, flags)]
+    def start(*flags, env=None, script=ROOT / "run_main.py", **options):
+        command = [sys.executable, str(script), *map(str, flags)]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": tmp_path}
         pipes["env"] = environment() | (env or {})
         started.append(subprocess.Popen(command, **pipes | options))

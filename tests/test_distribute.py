@@ -17,14 +17,7 @@ import run_main
 run_main.import_tensorflow()
 
 CPU_ONLY = {"CUDA_VISIBLE_DEVICES": "-1"}  # two processes would get in each other's way on one GPU
-STEPS = (
-    "--batch_size",
-    "64",
-    "--n_hidden",
-    "48",
-    "--add_noise",
-    "--binarize",
-)  # all that draws random numbers
+STEPS = ("--batch_size", "64", "--n_hidden", "48", "--add_noise", "--binarize")  # draws of every kind
 
 
 def cluster(n):
@@ -39,27 +32,14 @@ def cluster(n):
     return [{"TF_CONFIG": json.dumps({"cluster": {"worker": workers}, "task": task})} for task in tasks]
 
 
-@pytest.fixture
-def ten_steps(data_dir, tmp_path):
-    """A function that starts the ten steps of a worker; their weights go into a file of its name."""
-    started = []
+def test_replicas_follow_the_trajectory_of_one(program, data_dir, tmp_path):
+    def ten_steps(name, distribute, env=None):
+        script = conftest.ROOT / "tests" / "ten_steps.py"
+        arguments = (data_dir, f"{name}.npz", "--distribute", distribute, *STEPS)
+        return program(*arguments, script=script, env=CPU_ONLY | (env or {}))
 
-    def start(name, *flags, env=None):
-        command = [sys.executable, conftest.ROOT / "tests" / "ten_steps.py", data_dir, tmp_path / name]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        env = conftest.environment() | CPU_ONLY | (env or {})
-        started.append(subprocess.Popen([*map(str, command), *flags], env=env, **pipes))
-        return started[-1]
-
-    yield start
-    for run in started:
-        run.kill()
-
-
-def test_replicas_follow_the_trajectory_of_one(ten_steps, tmp_path):
-    arguments = ("--distribute", "multi_worker", *STEPS)
-    runs = [ten_steps("one.npz", *STEPS), ten_steps("devices.npz", "--distribute", "mirrored", *STEPS)]
-    runs += [ten_steps(f"worker_{i}.npz", *arguments, env=env) for i, env in enumerate(cluster(2))]
+    runs = [ten_steps("one", "none"), ten_steps("devices", "mirrored")]
+    runs += [ten_steps(f"worker_{i}", "multi_worker", env) for i, env in enumerate(cluster(2))]
     for run in runs:
         assert (*run.communicate(timeout=300), run.returncode)[1:] == ("", 0)
     one, *others = (np.load(tmp_path / f"{name}.npz") for name in ("one", "devices", "worker_0", "worker_1"))
