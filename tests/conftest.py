@@ -1,3 +1,4 @@
+import csv
 import os
 import subprocess
 import sys
@@ -6,37 +7,30 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-
-
-class Listener:
-    """A console that keeps what it is told."""
-
-    def __init__(self):
-        self.lines, self.bars = [], []
-
-    def line(self, text):
-        self.lines.append(text)
-
-    def bar(self, what, done, total):
-        self.bars.append((what, done, total))
-
-
-def build(data, flags):
-    """The strategy and the state to train, as the program makes them for one machine."""
-    import run_main
-
-    strategy = run_main.tf.distribute.get_strategy()
-    return strategy, run_main.build(strategy, data.train_images, flags)
+SMALL = ("--n_hidden=32", "--batch_size=500")  # a network whose epochs take a fraction of a second
 
 
 def environment():
-    """The environment variables as run_main finds them; it sets this one where a test imports TensorFlow."""
+    """The environment variables as run_main finds them; it sets this one where a test loads TensorFlow."""
     return {name: value for name, value in os.environ.items() if name != "TF_CPP_MIN_LOG_LEVEL"}
 
 
-@pytest.fixture
-def console():
-    return Listener()
+def read_log(folder):
+    """Returns the rows of a run's log.csv, {column: number}."""
+    with (folder / "log.csv").open() as file:
+        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+
+
+def files(folder):
+    """Returns all files in a folder and in those below it, {relative path: bytes}."""
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def one_line(err):
+    """Returns what is in stderr, which has to be one error of the program."""
+    assert err.startswith("run_main.py: error: ")
+    assert err.count("\n") == 1
+    return err
 
 
 @pytest.fixture(scope="session")
@@ -44,7 +38,7 @@ def data_dir():
     """The folder of the real MNIST, which comes by itself as it does for a user."""
     import mnist_data
 
-    mnist_data.load_mnist(ROOT / "data", Listener())
+    mnist_data.load_mnist(ROOT / "data")
     return ROOT / "data"
 
 
@@ -52,7 +46,42 @@ def data_dir():
 def mnist(data_dir):
     import mnist_data
 
-    return mnist_data.load_mnist(data_dir, Listener())
+    return mnist_data.load_mnist(data_dir)
+
+
+@pytest.fixture(scope="session")
+def few_digits(mnist):
+    """The real MNIST, cut to 2,000 training digits and 1,000 of the others each."""
+    sizes = {"train": 2_000, "valid": 1_000, "test": 1_000}
+    cut = {name: array[: sizes[name.partition("_")[0]]] for name, array in mnist._asdict().items()}
+    return type(mnist)(**cut)
+
+
+@pytest.fixture(scope="module")
+def small_mnist(few_digits, data_dir):
+    """Makes `run_main.main` in this process train on few_digits, which `data_dir` then seems to hold."""
+    import mnist_data
+
+    real = mnist_data.load_mnist
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            mnist_data,
+            "load_mnist",
+            lambda folder: few_digits if Path(folder) == data_dir else real(folder),
+        )
+        yield few_digits
+
+
+@pytest.fixture(scope="module")
+def run(small_mnist, data_dir):
+    """A function that runs the program in this process, on few digits; a new run gets a small network."""
+    import run_main
+
+    def run(*flags):
+        goes_on = any(str(flag).startswith(("--resume", "--load")) for flag in flags)
+        return run_main.main([*flags] if goes_on else [f"--data_dir={data_dir}", *SMALL, *flags])
+
+    return run
 
 
 @pytest.fixture

