@@ -336,9 +336,7 @@ def load_checkpoint(state, folder):
         variable.assign(value)
     found = probe(state.network)
     if not np.allclose(found, expected, rtol=1e-4, atol=1e-3):
-        raise UserError(
-            f"{file} is of a network that computed {expected}, not {found}: undo what was changed"
-        )
+        raise UserError(f"{file} is of a network that computed {expected}, not {found}: undo the change")
     state.history, state.frames = json.loads(str(history)), list(frames)
     say("; ".join([*damage, f"taking the state after epoch {len(state.history)}"]))
 
