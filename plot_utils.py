@@ -10,7 +10,6 @@ import math
 import matplotlib.style
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from PIL import Image  # comes with Matplotlib
 from scipy.ndimage import zoom
@@ -38,10 +37,10 @@ PICTURES = {  # file name: (whether the flags f ask for it, how it is drawn from
     ),
     "manifold.png": (lambda f: f.PMLR, lambda s: manifold(*s.manifold, s.flags.PMLR_resize_factor)),
     "manifold.gif": (lambda f: f.PMLR and f.animate, lambda s: animation(s.frames)),
-    "latent_map.png": (lambda f: f.PMLR, lambda s: latent_map(*s.points)),
+    "latent_map.png": (lambda f: f.PMLR is not False and f.dim_z > 1, lambda s: latent_map(*s.points)),
     "samples.png": (lambda f: True, lambda s: image_grid(s.samples, *s.grid)),
     "interpolation.png": (lambda f: True, lambda s: interpolation(*s.lines)),
-    "elbo.png": (lambda f: True, lambda s: elbo_curves(s.history)),
+    "elbo.png": (lambda f: True, lambda s: elbo_curves(s.history, s.flags.keep_prob)),
 }
 
 
@@ -73,15 +72,28 @@ class Scene:
     @property
     def lines(self):
         """Digits, images decoded along the line from their latent means to those of others, these others."""
-        starts, ends = (slice(first, 2 * N_INTERPOLATIONS, 2) for first in (0, 1))
-        z = np.linspace(self.mean[starts], self.mean[ends], INTERPOLATION_STEPS, axis=1)
-        return self.inputs[starts], self.decode(z), self.inputs[ends]
+        n, other = N_INTERPOLATIONS, self.labels[:, None] != self.labels[:N_INTERPOLATIONS]
+        ends = [n + i + np.argmax(other[n + i :, i]) for i in range(n)]  # the next ones of another class
+        z = np.linspace(self.mean[:n], self.mean[ends], INTERPOLATION_STEPS, axis=1)
+        return self.inputs[:n], self.decode(z), self.inputs[ends]
 
     @property
     def points(self):
-        """The map's latent means, (n, 2), and labels, (n,)."""
-        n = self.flags.PMLR_n_samples
-        return self.mean[:n], self.labels[:n]
+        """The map's points, (n, 2), their labels, (n,), and what its axes are.
+
+        Beyond two dimensions, the latent means on their first two principal components.
+        """
+        n, centred = self.flags.PMLR_n_samples, self.mean - self.mean.mean(axis=0)
+        if self.mean.shape[1] == 2:
+            return self.mean[:n], self.labels[:n], ("$z_1$", "$z_2$")
+        variances, components = np.linalg.eigh(np.cov(centred.T))
+        names = ("first", "second")
+        shares = variances[:-3:-1] / variances.sum()
+        axes = [
+            f"{name} principal component of z, {share:.0%} of the variance"
+            for name, share in zip(names, shares, strict=True)
+        ]
+        return (centred @ components[:, :-3:-1])[:n], self.labels[:n], axes
 
     @property
     def manifold(self):
@@ -175,30 +187,30 @@ def animation(frames):
     return file_content(first.save, format="gif", **more)
 
 
-def latent_map(z, labels):
-    """PNG of points z: (n, 2) in the latent plane, coloured by their labels: (n,) from 0 to 9."""
+def latent_map(z, labels, axes_labels=("$z_1$", "$z_2$")):
+    """PNG of points z: (n, 2) of the latent space, coloured by their labels: (n,) from 0 to 9."""
     figure = Figure((8, 7), dpi=DPI)
     axes = figure.add_axes((0.08, 0.08, 0.8, 0.9))  # a layout engine would take half of the time
     for digit, colour in enumerate(COLOURS):
-        points = z[labels == digit]
-        axes.scatter(*points.T, s=5, color=f"#{colour}", label=str(digit), linewidths=0)
-        if len(points):
-            style = {"fontsize": 18, "weight": "bold", "ha": "center", "va": "center"}
-            outline = [withStroke(linewidth=3, foreground="white")]
-            axes.text(*np.median(points, axis=0), str(digit), path_effects=outline, **style)
+        axes.scatter(*z[labels == digit].T, s=5, color=f"#{colour}", label=str(digit), linewidths=0)
     axes.set_aspect("equal", "datalim")
-    axes.set(xlabel="$z_1$", ylabel="$z_2$")
+    axes.set(xlabel=axes_labels[0], ylabel=axes_labels[1])
     axes.legend(title="digit", markerscale=4, loc="center left", bbox_to_anchor=(1, 0.5))
     return file_content(figure.savefig, format="png")
 
 
-def elbo_curves(history):
+def elbo_curves(history, keep_prob):
     """PNG of the training and the validation ELBO by epoch, from the rows of log.csv."""
     figure = Figure((7, 5), dpi=DPI)
     axes = figure.add_axes((0.13, 0.1, 0.85, 0.88))
-    epochs = [row["epoch"] for row in history]
-    for part, name, style in (("train", "training", "o--"), ("valid", "validation", "o-")):
-        axes.plot(epochs, [row[f"{part}_elbo"] for row in history], style, markersize=3, label=name)
+    epochs, dropout = [row["epoch"] for row in history], "with" if keep_prob < 1 else "without"
+    curves = {part: [row[f"{part}_elbo"] for row in history] for part in ("train", "valid")}
+    axes.plot(epochs, curves["train"], "o--", markersize=3, label=f"training, {dropout} dropout")
+    axes.plot(epochs, curves["valid"], "o-", markersize=3, label="validation, without dropout")
+    # From a fifth of the epochs on: the first ones would press the curves together.
+    shown = np.array([curve[(len(epochs) - 1) // 5 :] for curve in curves.values()])
+    margin = 0.05 * np.ptp(shown) + 0.1
+    axes.set_ylim(shown.min() - margin, shown.max() + margin)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set(xlabel="epoch", ylabel="ELBO, nats per image")
     axes.grid(alpha=0.3)

@@ -132,11 +132,11 @@ FLAGS = {  # group: (name, argparse type or choices, default, whose, help)
         ("PRR_resize_factor", real(0.04, 3), 1.0, KEPT, "size of a digit in units of 28 pixels"),
     ),
     "PMLR: plot manifold learning result": (
-        ("PMLR", switch, None, KEPT, "draw the latent plane, decoded and as a map (default: at --dim_z 2)"),
+        ("PMLR", switch, None, KEPT, "draw the decoded plane (default: at --dim_z 2); False: and no map"),
         ("PMLR_n_img_x", whole(1, 100), 20, KEPT, "digits from left to right"),
         ("PMLR_n_img_y", whole(1, 100), 20, KEPT, "digits from top to bottom"),
         ("PMLR_resize_factor", real(0.04, 3), 1.0, KEPT, "size of a digit in units of 28 pixels"),
-        ("PMLR_z_range", real(0.001, 8), 2.0, KEPT, "the manifold shows z from minus this to this"),
+        ("PMLR_z_range", real(0.001, 8), 3.0, KEPT, "the manifold shows z from minus this to this"),
         ("PMLR_n_samples", whole(1, mnist_data.N_TEST), 5_000, KEPT, "test digits on the map"),
         ("animate", switch, False, KEPT, "keep how the manifold forms in manifold.gif, a frame per epoch"),
     ),
@@ -202,7 +202,7 @@ def parse_flags(arguments=None):
             if given != value and name != free and (WHOSE[name] == OWN or (name == "animate" and given)):
                 raise UserError(f"--{name} is {given}, and the run in {run} has {value}: leave it out")
     flags.learn_rate = flags.learn_rate or OPTIMIZERS[flags.optimizer][1]
-    flags.PMLR = flags.dim_z == 2 if flags.PMLR is None else flags.PMLR
+    flags.PMLR = True if flags.PMLR is None and flags.dim_z == 2 else flags.PMLR
     check_together(flags)
     return flags
 

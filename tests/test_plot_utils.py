@@ -193,20 +193,32 @@ HISTORY = [
 
 
 def test_elbo_curves_go_up_where_the_elbo_does():
-    picture = decode(plot_utils.elbo_curves(HISTORY))
+    picture = decode(plot_utils.elbo_curves(HISTORY, 0.9))
     blue, orange = (31, 119, 180), (255, 127, 14)
     for colour in (blue, orange):
         rows, columns = np.nonzero(np.abs(picture - colour).max(axis=2) <= 2)
         assert rows[columns == columns.min()].min() > 200
-        assert rows[columns > 600].min() < 50
+        assert rows[columns > 600].min() < 60
 
 
 def test_elbo_curves_show_the_history_by_epoch(figures):
-    (axes,) = plot_utils.elbo_curves(HISTORY).axes
+    (axes,) = plot_utils.elbo_curves(HISTORY, 0.9).axes
     training, validation = (line.get_xydata().tolist() for line in axes.lines)
     assert training == [[1, -200], [2, -150], [3, -140]]
     assert validation == [[1, -180], [2, -145], [3, -138]]
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["training", "validation"]
+    names = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert names == ["training, with dropout", "validation, without dropout"]
+    (axes,) = plot_utils.elbo_curves(HISTORY, 1).axes
+    assert axes.get_legend().get_texts()[0].get_text() == "training, without dropout"
+
+
+def test_elbo_curves_leave_out_first_epochs_that_would_press_them_together(figures):
+    elbo = [-5_000.0, *np.linspace(-150, -140, 19)]
+    history = [{"epoch": n, "train_elbo": y - 3, "valid_elbo": y} for n, y in enumerate(elbo, 1)]
+    (axes,) = plot_utils.elbo_curves(history, 0.9).axes
+    low, high = axes.get_ylim()
+    assert -155 < low < -150
+    assert -140 < high < -138
 
 
 # --- what a network and the flags make of it ----------------------------------------------------------
@@ -257,7 +269,9 @@ def test_pictures_show_the_test_digits_and_what_the_network_makes_of_them(scene)
     pictures = plot_utils.draw(state, digits, parse("--add_noise", "--PRR_resize_factor=2", "--seed=5"))
     x, x_corrupted = (images[:6] for images in digits.test)
     restored = state.network.reconstruct(x_corrupted).numpy()
-    z = state.network.encode(x_corrupted).numpy()[:2]
+    ends = digits.test[1][[0, 10]]  # the labels are 0 to 9, again and again
+    ends[1] = digits.test[1][11]  # so 10 is a 0 as well, and the next digit of another class is 11
+    z = state.network.encode(ends).numpy()
     line = state.network.decode(np.linspace(*z, plot_utils.INTERPOLATION_STEPS)).numpy()
     expected = {
         "input.png": plot_utils.image_grid(x, 3, 2, 2),
@@ -265,13 +279,13 @@ def test_pictures_show_the_test_digits_and_what_the_network_makes_of_them(scene)
         "reconstruction.png": plot_utils.image_grid(restored, 3, 2, 2),
         "denoising.png": plot_utils.comparison([x, x_corrupted, restored], 3, 2, 2),
         "samples.png": plot_utils.image_grid(state.network.sample(6, (5, 0)).numpy(), 3, 2, 2),
-        "interpolation.png": plot_utils.interpolation(x_corrupted[:1], line[None], x_corrupted[1:2]),
+        "interpolation.png": plot_utils.interpolation(ends[:1], line[None], ends[1:]),
     }
     for name, png in expected.items():
         shown = decode(pictures[name])
         if name == "interpolation.png":
             assert len(shown) == 28 * plot_utils.N_INTERPOLATIONS
-            shown = shown[:28]  # the line between the first two digits
+            shown = shown[:28]  # the first line
         np.testing.assert_allclose(shown, decode(png), atol=1)  # batches of other sizes round differently
 
 
@@ -282,7 +296,8 @@ def test_pictures_of_the_latent_plane_show_the_means_and_a_grid(scene, monkeypat
     flags = parse("--PMLR_n_samples=40", "--PMLR_resize_factor=2", "--PMLR_z_range=1.5")
     pictures = plot_utils.draw(state, digits, flags)
     mean = state.network.encode(digits.test[1]).numpy()
-    z, labels = pictures["latent_map.png"]
+    z, labels, axes = pictures["latent_map.png"]
+    assert axes == ("$z_1$", "$z_2$")
     np.testing.assert_allclose(z, mean[:40], atol=1e-5)
     np.testing.assert_array_equal(labels, digits.test_labels[:40])
 
@@ -294,6 +309,43 @@ def test_pictures_of_the_latent_plane_show_the_means_and_a_grid(scene, monkeypat
     grid = [[x, y] for y in z_y for x in z_x]
     np.testing.assert_allclose(images, state.network.decode(grid), atol=1e-5)
     assert resize_factor == 2
+
+
+def test_lines_run_between_different_classes(scene):
+    state, digits = scene
+    labels = np.random.default_rng(0).integers(0, 2, 60)
+    one_class = plot_utils.Scene(state, digits, parse())
+    one_class.labels = np.zeros(60)
+    assert len(one_class.lines[2]) == plot_utils.N_INTERPOLATIONS  # they have to end somewhere
+    mixed = plot_utils.Scene(state, digits, parse())
+    mixed.labels = labels
+    starts, _, ends = mixed.lines
+    of = {image.tobytes(): label for image, label in zip(digits.test[1], labels, strict=True)}
+    for start, end in zip(starts, ends, strict=True):
+        assert of[start.tobytes()] != of[end.tobytes()]
+
+
+def test_a_map_of_many_dimensions_shows_the_principal_components(scene, monkeypatch):
+    state, digits = scene
+    monkeypatch.setattr(plot_utils, "latent_map", lambda *arguments: arguments)
+    network = vae.VAE(dim_z=5, n_hidden=16)
+    network.encoder_output.kernel.assign(60 * network.encoder_output.kernel)
+    state = SimpleNamespace(network=network, history=HISTORY, frames=[])
+    z, _, axes = plot_utils.draw(state, digits, parse("--dim_z=5"))["latent_map.png"]
+    mean = network.encode(digits.test[1]).numpy()
+    mean = mean - mean.mean(axis=0)
+    _, sizes, components = np.linalg.svd(mean)
+    np.testing.assert_allclose(np.abs(z), np.abs(mean @ components[:2].T), atol=1e-3)
+    for name, size, axis in zip(("first", "second"), sizes, axes, strict=False):
+        assert axis == f"{name} principal component of z, {size**2 / (sizes**2).sum():.0%} of the variance"
+    for flags, wanted in (("--dim_z=1", False), ("--dim_z=5 --PMLR=False", False), ("--PMLR=False", False)):
+        assert ("latent_map.png" in plot_names(flags)) == wanted
+
+
+def plot_names(flags):
+    """Returns the names of the pictures that flags ask for."""
+    flags = parse(*flags.split())
+    return [name for name, (wanted, _) in plot_utils.PICTURES.items() if wanted(flags)]
 
 
 def test_animation_is_of_manifolds_of_limited_size(scene, monkeypatch):

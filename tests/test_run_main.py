@@ -159,7 +159,7 @@ def test_the_three_commands_of_the_example():
         flags = run_main.parse_flags(line.split())
         assert (flags.dim_z, flags.add_noise, flags.num_epochs) == (dim_z, add_noise, num_epochs)
         assert flags.PRR
-        assert flags.PMLR is plane
+        assert bool(flags.PMLR) is plane
 
 
 def test_the_learning_rate_is_the_optimizers_own():
@@ -375,6 +375,7 @@ def test_denoising(run, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == EVERY_RUN | RECONSTRUCTIONS | {
         "input_noise.png",
         "denoising.png",
+        "latent_map.png",
     }
     names = ("input", "input_noise", "reconstruction", "denoising")
     clean, noisy, restored, stacked = (pixels(tmp_path / f"{name}.png") for name in names)
