@@ -13,6 +13,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).parent))  # which PYTHONSAFEPATH leaves out
 import mnist_data
 from mnist_data import UserError, grey_levels, in_batches, reason, whole_file, write_arrays, write_whole
 
@@ -98,6 +100,13 @@ def number(kind, low, high=2**31 - 1):
     return parse
 
 
+def path(text):
+    """An argparse type: a path of this machine."""
+    if "://" in text or not text:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a path of this machine")
+    return Path(text).expanduser()
+
+
 whole, real, switch = partial(number, int), partial(number, float), (True, False)
 
 # Which value counts when --resume or --load goes on with a run. OWN: the run's, another is refused. KEPT: the
@@ -119,7 +128,7 @@ FLAGS = {  # group: (name, argparse type or choices, default, whose, help)
         ("distribute", ("none", "mirrored", "multi_worker"), "none", RESUMED, "over devices or machines"),
     ),
     "data": (
-        ("data_dir", Path, Path("data"), KEPT, "MNIST's folder; what it lacks is downloaded"),
+        ("data_dir", path, Path("data"), KEPT, "MNIST's folder; what it lacks is downloaded"),
         ("add_noise", switch, False, OWN, "learn to restore digits from salt-and-pepper noise"),
         ("noise_level", real(0.001, 1), 0.5, OWN, "probability that noise makes a pixel black or white"),
         ("augment", switch, False, OWN, "learn from 4 rotated and shifted copies of each digit, too"),
@@ -141,13 +150,13 @@ FLAGS = {  # group: (name, argparse type or choices, default, whose, help)
         ("animate", switch, False, KEPT, "keep how the manifold forms in manifold.gif, a frame per epoch"),
     ),
     "run, and what to do with it afterwards": (
-        ("results_path", Path, None, COMMAND, "new folder for the run (default: the next results/runN)"),
+        ("results_path", path, None, COMMAND, "new folder for the run (default: the next results/runN)"),
         ("resume", switch, False, COMMAND, "go on with the run in --results_path"),
         ("overwrite", switch, False, COMMAND, "remove the run in --results_path, or what --load made before"),
-        ("load", Path, None, COMMAND, "folder of a run to take the network from, instead of training"),
+        ("load", path, None, COMMAND, "folder of a run to take the network from, instead of training"),
         ("n_importance", whole(1), None, RESUMED, "estimate log p(x) with this many samples of z per digit"),
         ("n_generate", whole(1, 10_000_000), None, COMMAND, "write this many new images to generated.npz"),
-        ("reconstruct", Path, None, COMMAND, "reconstruct your own digits: a .npy, .npz or picture file"),
+        ("reconstruct", path, None, COMMAND, "reconstruct your own digits: a .npy, .npz or picture file"),
     ),
 }
 WHOSE = {name: whose for rows in FLAGS.values() for name, _, _, whose, _ in rows}
@@ -164,7 +173,8 @@ class OneLineParser(argparse.ArgumentParser):
 
 def make_parser():
     """Returns the parser of FLAGS."""
-    parser = OneLineParser("run_main.py", description=__doc__.partition(":")[0], allow_abbrev=False)
+    narrow = partial(argparse.HelpFormatter, width=min(79, shutil.get_terminal_size().columns))
+    parser = OneLineParser("run_main.py", formatter_class=narrow, allow_abbrev=False)
     for title, rows in FLAGS.items():
         group = parser.add_argument_group(title)
         for name, kind, default, _, text in rows:
@@ -196,10 +206,10 @@ def parse_flags(arguments=None):
         flags, own = (parser.parse_args([*kept, *more]) for more in (arguments, ()))
         here = not flags.results_path or flags.results_path.resolve() == run.resolve()
         flags.results_path = run if here else flags.results_path
-        free = "num_epochs" if flags.resume else None if here else "seed"
+        free = ("num_epochs", "learn_rate") if flags.resume else () if here else ("seed",)
         for name, value in vars(own).items():
             given = getattr(flags, name)
-            if given != value and name != free and (WHOSE[name] == OWN or (name == "animate" and given)):
+            if given != value and name not in free and (WHOSE[name] == OWN or (name == "animate" and given)):
                 raise UserError(f"--{name} is {given}, and the run in {run} has {value}: leave it out")
     flags.learn_rate = flags.learn_rate or OPTIMIZERS[flags.optimizer][1]
     flags.PMLR = True if flags.PMLR is None and flags.dim_z == 2 else flags.PMLR
@@ -212,7 +222,7 @@ def check_together(flags):
     folder, epochs, plane = flags.results_path, flags.num_epochs, flags.PMLR and flags.dim_z == 2
     files = [file.name for file in folder.glob("[!.]*")] if folder else []
     run = "config.json" in files and "data_sha256" in read_json(folder / "config.json")
-    goes_on = flags.resume or folder == flags.load
+    begun, goes_on = run and "log.csv" in files, flags.resume or folder == flags.load
     made = [name for name, flag in ONCE.items() if getattr(flags, flag) and goes_on and name in files]
     done = max(checkpoints(folder), default=0) if flags.resume and folder else 0
     for wrong, message in (
@@ -229,7 +239,7 @@ def check_together(flags):
         (folder and folder.is_file(), f"--results_path {folder} is a file: name a folder"),
         (flags.data_dir.is_file(), f"--data_dir {flags.data_dir} is a file: name a folder"),
         (files and not run, f"--results_path {folder} is not empty and holds no run: name another"),
-        (run and not goes_on and not flags.overwrite, f"{folder} holds a run: take --resume or --overwrite"),
+        (begun and not goes_on and not flags.overwrite, f"{folder} holds a run: add --resume or --overwrite"),
         (made and not flags.overwrite, f"{folder} has {' and '.join(made)}: move it, or add --overwrite"),
     ):
         if wrong:
@@ -263,6 +273,8 @@ def begin_run(flags):
     if flags.overwrite and folder != flags.load:
         names = ("log.csv", "metrics.json", "vae.keras", *ONCE, *plot_utils.PICTURES)
         removed += [*(folder / name for name in names), *checkpoints(folder).values()]
+    if folders := [str(file) for file in removed if file.is_dir()]:
+        raise UserError(f"--overwrite cannot remove {', '.join(folders)}, a folder: move it")
     for file in removed:
         file.unlink(missing_ok=True)
     if folder != flags.load:
@@ -346,7 +358,8 @@ def load_checkpoint(state, folder):
 
 def load_tensorflow(flags):
     """Loads TensorFlow, without its start-up messages, which no setting silences, but with its errors."""
-    os.environ |= {"KERAS_BACKEND": "tensorflow", "KERAS_HOME": os.devnull}  # whatever keras.json says
+    # Whatever keras.json and the environment say.
+    os.environ |= {"KERAS_BACKEND": "tensorflow", "KERAS_HOME": os.devnull, "TF_USE_LEGACY_KERAS": "0"}
     os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")  # other programs may use a GPU, too
     # When a worker is gone, TensorFlow logs many lines, then raises.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3" if flags.distribute == "multi_worker" else "2")
@@ -518,7 +531,7 @@ def train(strategy, state, digits, flags, folder):
         row |= elbo("valid", evaluate(state.network, *digits.valid, flags))
         row |= {"learn_rate": learn_rate, "seconds": seconds}
         if not all(map(math.isfinite, row.values())):
-            raise UserError(f"the loss is not finite in epoch {epoch}: lower --learn_rate")
+            raise UserError(f"the loss is NaN in epoch {epoch}: lower --learn_rate, or raise --keep_prob")
         state.history.append(row)
         if folder:
             if flags.animate:
@@ -581,8 +594,9 @@ def write_results(state, digits, own_images, flags, folder):
     write_log(folder, state.history)
     draw_pictures(state, digits, flags, folder)
     metrics = measure(network, *digits.test, flags)
-    say("  ".join(f"{name} {value:,.5g}" for name, value in metrics.items()))
-    metrics = (read_json(folder / "metrics.json") if flags.load else {}) | metrics
+    say("\n".join(f"{name:20}{value:12,.5g}" for name, value in metrics.items()))
+    old = read_json(folder / "metrics.json")  # of the same network, or else of another epoch
+    metrics = (old if old.get("test_elbo") == metrics["test_elbo"] else {}) | metrics
     write_whole(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     if not flags.load:
         with whole_file(folder / "vae.keras") as part:
@@ -621,6 +635,11 @@ def run(flags):
 
 def main(arguments=None):
     """Runs the program; returns its exit status."""
+    while (null := os.open(os.devnull, os.O_RDWR)) < 3:  # else a closed stream's number goes to the next file
+        pass
+    os.close(null)
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        getattr(stream, "reconfigure", dict)(errors="backslashreplace")  # names that it cannot encode
     try:
         flags = parse_flags(arguments)
         with contextlib.redirect_stdout(sys.stdout if is_chief(flags) else io.StringIO()):
@@ -637,4 +656,5 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
+    os.environ["MPLBACKEND"] = "agg"  # a notebook exports its own, which another Python may lack
     sys.exit(main())

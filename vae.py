@@ -112,7 +112,7 @@ class VAE(keras.Model):
     prior, likelihood = StandardNormal(), Bernoulli()
 
     def __init__(self, dim_z=2, n_hidden=500, mean_image=0.5, seed=0):
-        super().__init__(name="vae")
+        super().__init__(name="vae", dtype="float32")
         self.dim_z, self.n_hidden = dim_z, n_hidden
         mean_image = np.broadcast_to(mean_image, N_PIXELS)
         draws = keras.random.SeedGenerator(seed)
@@ -123,8 +123,8 @@ class VAE(keras.Model):
         constant = keras.initializers.Constant
 
         def dense(name, n_in, n_out, activation=None, kernel=he, bias="zeros"):
-            options = {"kernel_initializer": kernel, "bias_initializer": bias, "name": name}
-            layer = keras.layers.Dense(n_out, activation, **options)
+            options = {"kernel_initializer": kernel, "bias_initializer": bias, "dtype": "float32"}
+            layer = keras.layers.Dense(n_out, activation, name=name, **options)
             layer.build((None, n_in))
             return layer
 

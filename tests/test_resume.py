@@ -115,7 +115,6 @@ def refuse(run, folder, capsys, line, words=""):
     ("line", "words"),
     [
         ("--dim_z 7", "--dim_z 7 2"),
-        ("--learn_rate 0.2", "--learn_rate 0.2 0.02"),
         ("--optimizer adam", "--optimizer adam sgd"),
         ("--add_noise", "--add_noise True False"),
         ("--seed 1", "--seed 1 0"),
@@ -130,6 +129,33 @@ def test_resume_refuses_by_name(run, copy, capsys, line, words):
     for name in ("generated.npz", "reconstructed.png"):
         (copy / name).write_text("made before")
     refuse(run, copy, capsys, line.format(copy), words)
+
+
+def test_a_resumed_run_may_go_on_at_another_rate(run, copy):
+    n = len(read_log(copy))
+    assert run("--resume", f"--results_path={copy}", f"--num_epochs={2 * n}", "--learn_rate=0.001") == 0
+    rates = [row["learn_rate"] for row in read_log(copy)]
+    assert rates[0] == pytest.approx(0.02)
+    half = [0.001 * (1 + math.cos(math.pi * epoch / (2 * n))) / 2 for epoch in range(n, 2 * n)]
+    assert rates[n:] == pytest.approx(half, rel=1e-3)  # along the same schedule, scaled
+
+
+def test_a_run_without_a_finished_epoch_can_be_started_anew(run, tmp_path, capsys):
+    assert run("--learn_rate=1e6", f"--results_path={tmp_path}") == 2
+    err = one_line(capsys.readouterr().err)
+    assert "NaN in epoch 1: lower --learn_rate" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    assert run("--num_epochs=1", f"--results_path={tmp_path}") == 0
+    assert run("--num_epochs=1", f"--results_path={tmp_path}") == 2  # now there is something to lose
+
+
+def test_overwrite_finds_out_what_it_cannot_remove(run, copy, capsys):
+    (copy / "samples.png").unlink()
+    (copy / "samples.png").mkdir()
+    before = files(copy)
+    assert run("--overwrite", f"--results_path={copy}") == 2
+    assert "samples.png" in one_line(capsys.readouterr().err)
+    assert files(copy) == before
 
 
 def test_without_a_good_checkpoint_nothing_is_done(run, copy, capsys):

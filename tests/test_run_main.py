@@ -195,7 +195,7 @@ def test_the_table_has_every_numeric_flag():
         name
         for rows in run_main.FLAGS.values()
         for name, kind, *_ in rows
-        if not isinstance(kind, tuple) and kind is not run_main.Path
+        if not isinstance(kind, tuple) and kind is not run_main.path
     }
     assert numeric == set(LIMITS)
 
@@ -365,8 +365,17 @@ def test_a_run_says_what_it_leaves(trained):
         for name in ("train_elbo", "train_reconstruction", "train_kl", "valid_elbo"):
             assert f"{row[name]:.2f}" in line
     metrics = json.loads((trained / "metrics.json").read_text())
-    assert f"test_elbo {metrics['test_elbo']:.2f}" in lines[-2]
+    said = dict(line.split() for line in lines if line.startswith("test_"))
+    assert {name: float(value) for name, value in said.items()} == pytest.approx(metrics, rel=1e-4)
     assert str(trained) in lines[-1]
+    assert max(map(len, lines[:-1])) < 80
+
+
+def test_help_fits_on_a_terminal(capsys, monkeypatch):
+    for columns in (200, 70):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        assert run_main.main(["--help"]) == 0
+        assert max(map(len, capsys.readouterr().out.splitlines())) <= min(columns, 79)
 
 
 def test_denoising(run, tmp_path):

@@ -1,0 +1,102 @@
+"""A stranger's machine changes nothing: the same numbers, the same bytes of PNG and an empty stderr."""
+
+import json
+import os
+import threading
+
+import keras
+import pytest
+from conftest import SMALL, files, one_line, read_log
+
+import run_main
+
+MATPLOTLIBRC = """
+image.origin: lower
+savefig.dpi: 50
+savefig.bbox: tight
+figure.autolayout: True
+text.usetex: True
+font.size: 30
+"""
+NAME = os.fsdecode("b\\a[d*\xe9t\xe9".encode() + b"\xff")  # not even UTF-8
+
+
+def what_is_left(folder):
+    """Returns what a run's flags determine: pictures, numbers, and the log without the seconds."""
+    left = {str(path): content for path, content in files(folder).items() if path.suffix in (".png", ".json")}
+    del left["config.json"]
+    return left | {"log": [row | {"seconds": 0} for row in read_log(folder)]}
+
+
+@pytest.fixture(scope="module")
+def plain(data_dir, tmp_path_factory):
+    """What a run in this process leaves; the flags but for --results_path."""
+    folder = tmp_path_factory.mktemp("plain") / "run"
+    flags = [f"--data_dir={data_dir}", *SMALL, "--num_epochs=1"]
+    assert run_main.main([*flags, f"--results_path={folder}"]) == 0
+    return what_is_left(folder), flags
+
+
+def test_settings_of_the_environment(plain, program, tmp_path):
+    (tmp_path / ".keras").mkdir()
+    settings = {"floatx": "float16", "epsilon": 0.1, "backend": "jax", "image_data_format": "channels_first"}
+    (tmp_path / ".keras" / "keras.json").write_text(json.dumps(settings))
+    (tmp_path / "matplotlibrc").write_text(MATPLOTLIBRC)
+    env = {"HOME": str(tmp_path), "MATPLOTLIBRC": str(tmp_path), "MPLBACKEND": "module://no_such.backend"}
+    env |= {"KERAS_BACKEND": "jax", "TF_USE_LEGACY_KERAS": "1"}
+    env |= {"PYTHONIOENCODING": "ascii", "PYTHONSAFEPATH": "1", "PYTHONOPTIMIZE": "2"}
+    expected, flags = plain
+    run = program(*flags, f"--results_path={NAME}", env=env)
+    _, err = run.communicate(timeout=120)
+    assert (run.returncode, err) == (0, "")
+    assert what_is_left(tmp_path / NAME) == expected
+
+
+def test_keras_settings_of_the_process_and_a_thread(plain, tmp_path):
+    expected, flags = plain
+    returned = []
+    keras.config.set_floatx("float16")
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        main = threading.Thread(
+            target=lambda: returned.append(run_main.main([*flags, f"--results_path={tmp_path / 'run'}"]))
+        )
+        main.start()
+        main.join()
+    finally:
+        keras.config.set_floatx("float32")
+        keras.config.set_dtype_policy("float32")
+    assert returned == [0]
+    assert what_is_left(tmp_path / "run") == expected
+
+
+def test_closed_streams(plain, program, tmp_path):
+    """Without them, the next files would get their numbers, and what is printed would land there."""
+    expected, flags = plain
+    close = {"preexec_fn": lambda: [os.close(stream) for stream in (0, 1, 2)]}
+    assert program(*flags, "--results_path=run", **close).wait(timeout=120) == 0
+    assert what_is_left(tmp_path / "run") == expected
+
+
+def test_the_last_words_of_tensorflow_are_shown(program, data_dir):
+    run = program(f"--data_dir={data_dir}", env={"TF_XLA_FLAGS": "--no_such_flag"})
+    _, err = run.communicate(timeout=120)
+    assert run.returncode != 0
+    assert "no_such_flag" in err
+    assert "oneDNN" not in err  # a start-up message
+
+
+@pytest.mark.parametrize("path", ["gs://bucket/run", "s3://bucket", ""])
+@pytest.mark.parametrize("flag", ["results_path", "data_dir", "load", "reconstruct"])
+def test_paths_of_other_machines_are_refused(capsys, flag, path):
+    assert run_main.main([f"--{flag}={path}"]) == 2
+    assert f"--{flag}" in one_line(capsys.readouterr().err)
+
+
+def test_the_home_folder_is_found():
+    assert run_main.parse_flags(["--data_dir=~/mnist"]).data_dir == run_main.Path.home() / "mnist"
+
+
+def test_a_name_that_is_too_long_is_a_wrong_flag(capsys, tmp_path):
+    assert run_main.main([f"--results_path={tmp_path / ('x' * 300)}"]) == 2
+    assert "name too long" in one_line(capsys.readouterr().err)
