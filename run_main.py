@@ -1,7 +1,4 @@
-"""Trains a variational autoencoder on MNIST: flags, digits, network, training, numbers and pictures.
-
-`python run_main.py --help` lists the flags. `run`, near the end, is the whole story in one screen.
-"""
+"""Trains a variational autoencoder on MNIST; `run`, near the end, is the whole story in one screen."""
 
 import argparse
 import contextlib
@@ -13,14 +10,12 @@ import itertools
 import json
 import math
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 
@@ -45,12 +40,10 @@ def import_when_used(name):
 tf, plot_utils, vae = map(import_when_used, ("tensorflow", "plot_utils", "vae"))
 say = partial(print, flush=True)
 
-# Random numbers are functions of (seed, epoch, step). Epochs count from 1; these stand for other purposes.
-EVALUATION, GENERATION = 0, -1
+EVALUATION, GENERATION = 0, -1  # in place of an epoch in the seeds of random numbers; epochs count from 1
 SECONDS_BETWEEN_PICTURES = 30
 MAX_FRAMES = 100  # of an animation; 60 take 1.7 MB
 JOIN_SECONDS = 600  # that machines wait for each other at the start
-
 
 # The recipe: 20 epochs of SGD at dim_z 2 give a test ELBO of -140.9.
 MOMENTUM = 0.98  # Nesterov's
@@ -61,8 +54,7 @@ CLIP_NORM = 1.0
 
 def clip(gradient):
     """Returns a weight matrix's or bias vector's gradient, scaled down where its norm is above CLIP_NORM."""
-    # XLA gives the norm of a whole matrix to one core, but shares out norms of 16 numbers each. An epoch
-    # takes a sixth longer with tf.clip_by_norm.
+    # XLA gives a matrix's norm to one core, but shares out norms of 16 numbers. It saves a sixth of an epoch.
     rows = tf.reshape(gradient, (math.gcd(gradient.shape.num_elements(), 16), -1))
     norm = tf.norm(tf.norm(rows, axis=0))
     return gradient * (CLIP_NORM / tf.maximum(norm, CLIP_NORM))
@@ -165,15 +157,13 @@ ONCE = {"generated.npz": "n_generate", "reconstructed.npz": "reconstruct", "reco
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An argument parser whose errors are UserErrors."""
-
     def error(self, message):
         raise UserError(f"{' '.join(message.split())}; --help lists the flags")
 
 
 def make_parser():
     """Returns the parser of FLAGS."""
-    narrow = partial(argparse.HelpFormatter, width=min(79, shutil.get_terminal_size().columns))
+    narrow = partial(argparse.HelpFormatter, width=79)
     parser = OneLineParser("run_main.py", formatter_class=narrow, allow_abbrev=False)
     for title, rows in FLAGS.items():
         group = parser.add_argument_group(title)
@@ -201,8 +191,7 @@ def parse_flags(arguments=None):
         if differing:
             raise UserError(f"the run in {run} is of code with other flags: --{', --'.join(differing)}")
         kinds = (OWN, KEPT, RESUMED) if flags.resume else (OWN, KEPT)
-        kept = [name for name in WHOSE if WHOSE[name] in kinds and recorded.get(name) is not None]
-        kept = [f"--{name}={recorded[name]}" for name in kept]
+        kept = [f"--{n}={recorded[n]}" for n in WHOSE if WHOSE[n] in kinds and recorded.get(n) is not None]
         flags, own = (parser.parse_args([*kept, *more]) for more in (arguments, ()))
         here = not flags.results_path or flags.results_path.resolve() == run.resolve()
         flags.results_path = run if here else flags.results_path
@@ -259,7 +248,7 @@ def is_chief(flags):
     raise UserError(f"--distribute multi_worker needs TF_CONFIG in the environment, like {example}")
 
 
-# --- the run's folder and its checkpoints -------------------------------------------------------------
+# --- the run's folder, its checkpoints, its devices ---------------------------------------------------
 
 
 def begin_run(flags):
@@ -353,12 +342,8 @@ def load_checkpoint(state, folder):
     say("; ".join([*damage, f"taking the state after epoch {len(state.history)}"]))
 
 
-# --- TensorFlow, on one or many devices ---------------------------------------------------------------
-
-
 def load_tensorflow(flags):
-    """Loads TensorFlow, without its start-up messages, which no setting silences, but with its errors."""
-    # Whatever keras.json and the environment say.
+    """Loads TensorFlow, whatever Keras' settings, without start-up messages, which no setting silences."""
     os.environ |= {"KERAS_BACKEND": "tensorflow", "KERAS_HOME": os.devnull, "TF_USE_LEGACY_KERAS": "0"}
     os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")  # other programs may use a GPU, too
     # When a worker is gone, TensorFlow logs many lines, then raises.
@@ -384,14 +369,13 @@ def join_workers():
     say(f"waiting for the other workers, {JOIN_SECONDS / 60:g} minutes at most")
     # TensorFlow waits without an end and lets no Python run meanwhile: faulthandler does not need it to.
     faulthandler.dump_traceback_later(JOIN_SECONDS, exit=True, file=os.open(os.devnull, os.O_WRONLY))
-    interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         return tf.distribute.MultiWorkerMirroredStrategy()
     except Exception as error:  # there is no one kind
         raise UserError(f"TF_CONFIG cannot be used: {reason(error)}") from error
     finally:
         faulthandler.cancel_dump_traceback_later()
-        signal.signal(signal.SIGINT, interrupt)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which TensorFlow has taken, and would not end for
 
 
@@ -410,8 +394,7 @@ def make_strategy(flags):
     except tf.errors.OpError as error:
         if flags.distribute != "multi_worker" or type(error).__name__ not in names:
             raise
-        again = "start all of them again, with --resume once an epoch was finished"
-        raise UserError(f"another worker is gone: {again}") from error
+        raise UserError("another worker is gone: start all again, with --resume after an epoch") from error
 
 
 def check_agreement(strategy, what, content):
@@ -435,20 +418,19 @@ def prepare(images, flags, seed):
 
 def make_digits(data, flags):
     """Returns train_images (n, 784) uint8, test_labels (n,), and `valid` and `test`: what prepare returns."""
-    train_images = data.train_images
-    if flags.augment and not flags.load:
-        train_images = mnist_data.augment(train_images, flags.seed)
+    augment = flags.augment and not flags.load
+    train_images = mnist_data.augment(data.train_images, flags.seed) if augment else data.train_images
     seed = partial(tf.random.fold_in, [flags.seed, EVALUATION])
     valid = np.stack(prepare(data.valid_images, flags, seed(0)))
     test = np.stack(prepare(data.test_images, flags, seed(1)))
-    return SimpleNamespace(train_images=train_images, valid=valid, test=test, test_labels=data.test_labels)
+    return argparse.Namespace(train_images=train_images, valid=valid, test=test, test_labels=data.test_labels)
 
 
 def build(digits, flags):
     """Returns all that training changes: network, optimizer, rows of log.csv, frames of the animation."""
     network = vae.VAE(flags.dim_z, flags.n_hidden, digits.train_images.mean(axis=0) / 255, flags.seed)
     optimizer = make_optimizer(network, digits, flags)
-    return SimpleNamespace(network=network, optimizer=optimizer, history=[], frames=[])
+    return argparse.Namespace(network=network, optimizer=optimizer, history=[], frames=[])
 
 
 def make_optimizer(network, digits, flags):
@@ -495,11 +477,8 @@ def compile_training(strategy, state, digits, flags):
         return total / len(batches)
 
     def train_epoch(epoch):
-        """Goes through the training images once; returns reconstruction error and KL divergence, their means.
-
-        With dropout, and with weights that change from step to step. The last, incomplete batch is dropped.
-        """
-        n_steps = len(images) // flags.batch_size
+        """Goes through the training images once, with dropout; returns the means of elbo_terms, (2,)."""
+        n_steps = len(images) // flags.batch_size  # an incomplete mini-batch is dropped
         order = tf.random.experimental.stateless_shuffle(tf.range(len(images)), [flags.seed, epoch])
         batches = tf.reshape(order[: n_steps * flags.batch_size], (n_steps, flags.batch_size))
         return train_steps(batches, tf.constant(epoch)).numpy()
@@ -542,8 +521,8 @@ def train(strategy, state, digits, flags, folder):
                 draw_pictures(state, digits, flags, folder)
                 drawn = time.perf_counter()
         text = "{train_elbo:.2f} = -({train_reconstruction:.2f} + {train_kl:.2f})  valid {valid_elbo:.2f}"
-        left = "{}:{:02} left".format(*divmod(round(seconds * (flags.num_epochs - epoch)), 60))
-        say(f"epoch {epoch}/{flags.num_epochs}  train {text.format(**row)}  {seconds:.1f} s, {left}")
+        left = round(seconds * (flags.num_epochs - epoch))
+        say(f"epoch {epoch}/{flags.num_epochs}  train {text.format(**row)}  {seconds:.1f} s, {left} s left")
 
 
 def draw_pictures(state, digits, flags, folder):
