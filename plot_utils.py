@@ -83,7 +83,7 @@ class Scene:
 
         Beyond two dimensions, the latent means on their first two principal components.
         """
-        n, centred = self.flags.PMLR_n_samples, self.mean - self.mean.mean(axis=0)
+        n, centred = self.flags.PMLR_n_samples or 5_000, self.mean - self.mean.mean(axis=0)
         if self.mean.shape[1] == 2:
             return self.mean[:n], self.labels[:n], ("$z_1$", "$z_2$")
         variances, components = np.linalg.eigh(np.cov(centred.T))

@@ -138,7 +138,7 @@ FLAGS = {  # group: (name, argparse type or choices, default, whose, help)
         ("PMLR_n_img_y", whole(1, 100), 20, KEPT, "digits from top to bottom"),
         ("PMLR_resize_factor", real(0.04, 3), 1.0, KEPT, "size of a digit in units of 28 pixels"),
         ("PMLR_z_range", real(0.001, 8), 3.0, KEPT, "the manifold shows z from minus this to this"),
-        ("PMLR_n_samples", whole(1, mnist_data.N_TEST), 5_000, KEPT, "test digits on the map"),
+        ("PMLR_n_samples", whole(1, mnist_data.N_TEST), None, KEPT, "digits on the map (default: 5000)"),
         ("animate", switch, False, KEPT, "keep how the manifold forms in manifold.gif, a frame per epoch"),
     ),
     "run, and what to do with it afterwards": (
@@ -148,7 +148,7 @@ FLAGS = {  # group: (name, argparse type or choices, default, whose, help)
         ("load", path, None, COMMAND, "folder of a run to take the network from, instead of training"),
         ("n_importance", whole(1), None, RESUMED, "estimate log p(x) with this many samples of z per digit"),
         ("n_generate", whole(1, 10_000_000), None, COMMAND, "write this many new images to generated.npz"),
-        ("reconstruct", path, None, COMMAND, "reconstruct your own digits: a .npy, .npz or picture file"),
+        ("reconstruct", path, None, COMMAND, "reconstruct your own digits: pictures, arrays, folders"),
     ),
 }
 WHOSE = {name: whose for rows in FLAGS.values() for name, _, _, whose, _ in rows}
@@ -169,6 +169,7 @@ def make_parser():
         group = parser.add_argument_group(title)
         for name, kind, default, _, text in rows:
             more = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
+            more |= {"nargs": "+", "metavar": "FILE"} if name == "reconstruct" else {}
             if kind is switch:
                 more |= {"type": lambda text: {"true": True, "false": False}.get(text.lower(), text)}
                 more |= {"nargs": "?", "const": True, "metavar": "True|False"}
@@ -235,6 +236,19 @@ def check_together(flags):
             raise UserError(message)
 
 
+def check_data(data, flags):
+    """Raises UserError if the data are not those of the run that goes on, or too few for the flags."""
+    run, where = flags.load or (flags.resume and flags.results_path), f"--data_dir {flags.data_dir}"
+    if run and read_json(run / "config.json").get("data_sha256") != data.sha256:
+        raise UserError(f"{where} holds other data than the run in {run} began with")
+    n_shown = max(flags.PRR_n_img_x * flags.PRR_n_img_y, flags.PMLR_n_samples or 0)
+    n_train, n_test = len(data.train_images), len(data.test_images)
+    if flags.batch_size > n_train or n_shown > n_test:
+        raise UserError(
+            f"{where} has {n_train:,} and {n_test:,} digits: lower --batch_size, --PMLR_n_samples or a grid"
+        )
+
+
 def is_chief(flags):
     """Returns whether this process writes, of those that train together. UserError if TF_CONFIG is wrong."""
     if flags.distribute != "multi_worker":
@@ -251,7 +265,7 @@ def is_chief(flags):
 # --- the run's folder, its checkpoints, its devices ---------------------------------------------------
 
 
-def begin_run(flags):
+def begin_run(flags, data):
     """Returns the run's folder: made if it is new, rid of the old run by --overwrite, with a config.json."""
     folder, numbered = flags.results_path, (Path("results", f"run{n}") for n in itertools.count(1))
     while folder is None:
@@ -260,7 +274,7 @@ def begin_run(flags):
             folder = new
     removed = [*folder.glob(".part-*"), *folder.glob("checkpoint/.part-*")]  # what a kill left
     if flags.overwrite and folder != flags.load:
-        names = ("log.csv", "metrics.json", "vae.keras", *ONCE, *plot_utils.PICTURES)
+        names = ("log.csv", "metrics.json", "latent.npz", "vae.keras", *ONCE, *plot_utils.PICTURES)
         removed += [*(folder / name for name in names), *checkpoints(folder).values()]
     if folders := [str(file) for file in removed if file.is_dir()]:
         raise UserError(f"--overwrite cannot remove {', '.join(folders)}, a folder: move it")
@@ -270,7 +284,7 @@ def begin_run(flags):
         own = vars(flags) | {"resume": False, "overwrite": False}
         modules = map(importlib.import_module, ("tensorflow", "keras", "numpy", "scipy", "matplotlib"))
         versions = {"python": sys.version} | {module.__name__: module.__version__ for module in modules}
-        config = {"flags": own, "versions": versions, "data_sha256": mnist_data.SHA256}
+        config = {"flags": own, "versions": versions, "data_sha256": data.sha256}
         write_whole(folder / "config.json", json.dumps(config, indent=2, default=str) + "\n")
     return folder
 
@@ -577,15 +591,19 @@ def write_results(state, digits, own_images, flags, folder):
     old = read_json(folder / "metrics.json")  # of the same network, or else of another epoch
     metrics = (old if old.get("test_elbo") == metrics["test_elbo"] else {}) | metrics
     write_whole(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    mean, log_var = network.encoder(digits.test[1])
+    write_arrays(folder / "latent.npz", mean=mean, log_var=log_var, label=digits.test_labels)
     if not flags.load:
         with whole_file(folder / "vae.keras") as part:
             network.save(part)
     if flags.n_generate:
         write_arrays(folder / "generated.npz", **generate(network, flags))
     if flags.reconstruct:
-        z = network.encode(own_images).numpy()
+        z = network.encode(own_images)
         images = network.decode(z).numpy()
-        write_arrays(folder / "reconstructed.npz", images=grey_levels(images).reshape(-1, 28, 28), z=z)
+        elbos = -sum(network.elbo_terms(own_images, own_images, seed=[flags.seed, EVALUATION]))
+        levels = grey_levels(images).reshape(-1, 28, 28)
+        write_arrays(folder / "reconstructed.npz", images=levels, z=z, elbo=elbos)
         pairs = plot_utils.pairs(own_images, images, flags.PRR_resize_factor)
         write_whole(folder / "reconstructed.png", pairs)
     say(f"all results are in {folder}")
@@ -593,8 +611,11 @@ def write_results(state, digits, own_images, flags, folder):
 
 def run(flags):
     """Does what the flags ask for: digits, network, training, numbers and pictures."""
-    own_images = mnist_data.read_images(flags.reconstruct) if flags.reconstruct else None
+    own_images = mnist_data.read_digits(flags.reconstruct, 0) if flags.reconstruct else None
     data = mnist_data.load_mnist(flags.data_dir)
+    check_data(data, flags)
+    if flags.reconstruct and np.median(data.train_images[:, :28]) > 127:  # data that are black on white
+        own_images = mnist_data.read_digits(flags.reconstruct, 1)
     say("loading TensorFlow")
     load_tensorflow(flags)
     with make_strategy(flags) as strategy:
@@ -605,7 +626,7 @@ def run(flags):
             load_checkpoint(state, flags.load or flags.results_path)
         own = [value for name, value in vars(flags).items() if WHOSE[name] == OWN or name == "resume"]
         check_agreement(strategy, "flags or checkpoints", f"{own} {state.history}")
-        folder = begin_run(flags) if is_chief(flags) else None
+        folder = begin_run(flags, data) if is_chief(flags) else None
         if not flags.load:
             train(strategy, state, digits, flags, folder)
         if folder:

@@ -52,9 +52,9 @@ def mnist(data_dir):
 @pytest.fixture(scope="session")
 def few_digits(mnist):
     """The real MNIST, cut to 2,000 training digits and 1,000 of the others each."""
-    sizes = {"train": 2_000, "valid": 1_000, "test": 1_000}
-    cut = {name: array[: sizes[name.partition("_")[0]]] for name, array in mnist._asdict().items()}
-    return type(mnist)(**cut)
+    sizes = {"train_images": 2_000, "valid_images": 1_000, "test_images": 1_000, "test_labels": 1_000}
+    cut = {name: getattr(mnist, name)[:n] for name, n in sizes.items()}
+    return type(mnist)(**cut, sha256=mnist.sha256)
 
 
 @pytest.fixture(scope="module")

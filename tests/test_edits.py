@@ -7,6 +7,7 @@ to be refused.
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import conftest
 import keras
@@ -201,7 +202,8 @@ def test_another_noise(few_digits, monkeypatch):
 
     monkeypatch.setattr(vae, "salt_and_pepper", gaussian_noise)
     images = few_digits.train_images
-    same = few_digits._replace(train_images=images, valid_images=images, test_images=images)
+    same = {"train_images": images, "valid_images": images, "test_images": images}
+    same = SimpleNamespace(**vars(few_digits) | same)
     monkeypatch.setattr(mnist_data, "load_mnist", lambda data_dir: same)
     # With weights that stand still, the KL divergence depends on the encoder's inputs only.
     metrics = run(*SMALL, "--add_noise", "--keep_prob=1", "--learn_rate=1e-12", "--PMLR=False")

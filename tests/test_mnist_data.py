@@ -1,9 +1,11 @@
-"""The data: parsing, verification, every source and the order among them."""
+"""The data: what a folder holds, every source of MNIST, and the user's own digits."""
 
 import gzip
 import hashlib
 import os
 import pickle
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -11,14 +13,59 @@ import zipfile
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib import metadata
+from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
-from PIL import Image
+from conftest import ROOT, files
+from PIL import Image, ImageOps
 
 import mnist_data
-from mnist_data import Unusable, UserError
+from mnist_data import UserError, read_digits
+
+TRAIN_IMAGES, TRAIN_LABELS, TEST_IMAGES, TEST_LABELS = mnist_data.SHA256
+CLOSED = "http://127.0.0.1:1/"  # a port where nothing answers
+
+
+def idx(array):
+    """Returns an array as the bytes of an IDX file."""
+    return (
+        struct.pack(f">4B{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.astype(np.uint8).tobytes()
+    )
+
+
+def make_arrays(n_train=1_200, n_test=1_000, side=28, top=9):
+    """Returns {name: array} of data in MNIST's format."""
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for images, labels, n in ((TRAIN_IMAGES, TRAIN_LABELS, n_train), (TEST_IMAGES, TEST_LABELS, n_test)):
+        arrays[images] = rng.integers(0, 256, (n, side, side)).astype(np.uint8)
+        arrays[labels] = (np.arange(n) % (top + 1)).astype(np.uint8)
+    return arrays
+
+
+@pytest.fixture
+def four():
+    """The four files of other data than MNIST, {name: content}."""
+    return {name: idx(array) for name, array in make_arrays().items()}
+
+
+@pytest.fixture
+def small(four, monkeypatch):
+    """The same four files, which the program takes for MNIST's."""
+    sums = {name: hashlib.sha256(content).hexdigest() for name, content in four.items()}
+    monkeypatch.setattr(mnist_data, "SHA256", sums)
+    monkeypatch.setattr(mnist_data, "PACKAGE", "no-such-package==0")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    return four
+
+
+def write(folder, contents):
+    """Writes {name: content} into a new folder, or into one that is there."""
+    for name, content in contents.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
 
 
 class QuietHandler(SimpleHTTPRequestHandler):
@@ -27,11 +74,12 @@ class QuietHandler(SimpleHTTPRequestHandler):
 
 
 @pytest.fixture
-def serve():
-    """A function that serves a folder over HTTP on the loopback address; returns its URL."""
+def serve(tmp_path):
+    """A function that makes a mirror of {name: content}, and returns its URL."""
     servers = []
 
-    def start(folder):
+    def start(contents, pack=gzip.compress):
+        folder = write(tmp_path / f"mirror{len(servers)}", {f"{n}.gz": pack(c) for n, c in contents.items()})
         server = ThreadingHTTPServer(("127.0.0.1", 0), partial(QuietHandler, directory=folder))
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         servers.append(server)
@@ -43,292 +91,244 @@ def serve():
         server.server_close()
 
 
-@pytest.fixture
-def small(monkeypatch):
-    """Four small files in place of MNIST's, {name: content}."""
-    rng = np.random.default_rng(0)
-    shapes = {mnist_data.TRAIN_IMAGES: (6, 28, 28), mnist_data.TRAIN_LABELS: (6,)}
-    shapes |= {mnist_data.TEST_IMAGES: (3, 28, 28), mnist_data.TEST_LABELS: (3,)}
-    files = {name: mnist_data.format_idx(rng.integers(0, 256, shape)) for name, shape in shapes.items()}
-    sums = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-    monkeypatch.setattr(mnist_data, "SHA256", sums)
-    return files
+def refused(folder):
+    """Returns the one line with which a folder is refused; nothing in it may change."""
+    before = files(folder)
+    with pytest.raises(UserError) as error:
+        mnist_data.load_mnist(folder)
+    assert "\n" not in str(error.value)
+    assert files(folder) == before
+    return str(error.value)
 
 
-def write_mirror(folder, files):
-    folder.mkdir()
-    for name, content in files.items():
-        (folder / f"{name}.gz").write_bytes(gzip.compress(content))
-    return folder
+# --- what a folder holds -----------------------------------------------------------------------------
 
 
-def no_package(wanted):
-    raise Unusable("the index is closed")
+def test_real_mnist_is_split_as_in_the_example(data_dir, capsys, monkeypatch):
+    monkeypatch.setattr(mnist_data, "download", None)
+    data = mnist_data.load_mnist(data_dir)
+    assert capsys.readouterr().out.startswith("MNIST: 60,000")
+    images = (data.train_images, data.valid_images, data.test_images)
+    assert [part.shape for part in images] == [(55_000, 784), (5_000, 784), (10_000, 784)]
+    assert all(part.dtype == np.uint8 for part in images)
+    # The labels of the first digits, as every description of MNIST shows them.
+    assert data.test_labels[:5].tolist() == [7, 2, 1, 0, 4]
+    assert data.sha256 == mnist_data.SHA256
+    raw = (data_dir / TRAIN_IMAGES).read_bytes()
+    assert np.concatenate(images[1::-1]).tobytes() == raw[16:]
 
 
-def test_idx_round_trip():
-    array = np.arange(2 * 3 * 5, dtype=np.uint8).reshape(2, 3, 5)
-    content = mnist_data.format_idx(array)
-    assert content[:16] == bytes([0, 0, 8, 3, 0, 0, 0, 2, 0, 0, 0, 3, 0, 0, 0, 5])
-    np.testing.assert_array_equal(mnist_data.parse_idx(content), array)
+@pytest.mark.parametrize("form", ["{0}", "{1}", "{0}.gz", "{1}.gz", "{0}/{0}", "{1}/{0}", "{0}.gz/{0}"])
+def test_other_data_are_taken_as_they_are_under_any_name(four, tmp_path, capsys, form):
+    named = {form.format(name, name.replace("-idx", ".idx")): content for name, content in four.items()}
+    write(tmp_path, {name: gzip.compress(c) if ".gz" in name else c for name, c in named.items()})
+    before = files(tmp_path)
+    data = mnist_data.load_mnist(tmp_path)
+    assert files(tmp_path) == before
+    arrays = make_arrays()
+    train_images = arrays[TRAIN_IMAGES].reshape(1_200, 784)
+    np.testing.assert_array_equal(data.valid_images, train_images[:100])
+    np.testing.assert_array_equal(data.train_images, train_images[100:])
+    np.testing.assert_array_equal(data.test_images, arrays[TEST_IMAGES].reshape(1_000, 784))
+    np.testing.assert_array_equal(data.test_labels, arrays[TEST_LABELS])
+    assert data.sha256 == {name: hashlib.sha256(content).hexdigest() for name, content in four.items()}
+    (line,) = capsys.readouterr().out.splitlines()
+    assert all(words in line for words in ("other", "1,200", "1,000"))
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("content", "words"),
     [
-        (lambda content: content[:-1], "29 bytes of data where 30"),
-        (lambda content: content + b"\0", "31 bytes of data where 30"),
-        (lambda content: content[:10], "header"),
-        (lambda content: b"", "not an IDX file"),
-        (lambda content: b"\0\0\x0d" + content[3:], "not an IDX file"),
-        (lambda content: b"<!DOCTYPE html>", "not an IDX file"),
+        (lambda content: content[:-1], "cut short"),
+        (lambda content: content + b"\0", "940,801 bytes"),
+        (lambda content: content[:10], "10 bytes"),
+        (lambda content: b"", "0 bytes"),
+        (lambda content: b"\0\0\x0d" + content[3:], "no IDX file of bytes"),
+        (lambda content: b"\0\0\x08\x02" + content[4:], "3 dimensions"),
+        (lambda content: b"\n<!DOCTYPE html><html>log in</html>", "a web page"),
+        (lambda content: gzip.compress(content)[:-20], "end-of-stream"),
+        (lambda content: gzip.compress(content)[:999] + b"\xff" * 99_999, "decompress"),
+        (lambda content: idx(np.zeros((1_200, 32, 32))), "28 by 28"),
     ],
 )
-def test_damaged_idx_is_refused(damage, message):
-    content = mnist_data.format_idx(np.zeros((2, 3, 5)))
-    with pytest.raises(Unusable, match=message):
-        mnist_data.parse_idx(damage(content))
-
-
-def test_real_mnist_is_split_as_in_the_example(mnist, data_dir):
-    assert [part.shape for part in mnist[::2]] == [(55_000, 784), (5_000, 784), (10_000, 784)]
-    assert [part.shape for part in mnist[1::2]] == [(55_000,), (5_000,), (10_000,)]
-    assert all(part.dtype == np.uint8 for part in mnist)
-    # The labels of the first digits of both files, as every description of MNIST shows them.
-    assert mnist.valid_labels[:5].tolist() == [5, 0, 4, 1, 9]
-    assert mnist.test_labels[:5].tolist() == [7, 2, 1, 0, 4]
-    raw = (data_dir / mnist_data.TRAIN_IMAGES).read_bytes()
-    assert mnist.train_images[0].tobytes() == raw[16 + 5_000 * 784 : 16 + 5_001 * 784]
-
-
-def test_what_is_there_is_not_fetched(data_dir, capsys, monkeypatch):
-    monkeypatch.setattr(mnist_data, "fetch_files", None)
-    mnist_data.load_mnist(data_dir)
-    assert capsys.readouterr().out == ""
-
-
-@pytest.mark.parametrize("packed", [False, True], ids=["uncompressed", "gzipped"])
-def test_files_put_there_by_hand_are_read(small, tmp_path, capsys, packed):
-    for name, content in small.items():
-        if packed:
-            (tmp_path / f"{name}.gz").write_bytes(gzip.compress(content))
-        else:
-            (tmp_path / name).write_bytes(content)
-    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    assert mnist_data.find_files(tmp_path) == small
-    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
-    assert capsys.readouterr().out == ""
-
-
-def test_first_mirror_serves_all(small, tmp_path, capsys, serve, monkeypatch):
-    first = serve(write_mirror(tmp_path / "first", small))
-    monkeypatch.setattr(mnist_data, "MIRRORS", (first, "http://127.0.0.1:1/"))
-    monkeypatch.setattr(mnist_data, "package", no_package)
-    files = mnist_data.fetch_files(tmp_path / "data", list(small))
-    assert files == small
-    assert {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()} == small
-    (line,) = capsys.readouterr().out.splitlines()
-    assert "4 files" in line
-    assert first in line
-
-
-def test_sources_are_asked_in_order_for_what_is_missing(small, tmp_path, capsys, serve, monkeypatch):
-    """A closed port, a mirror with one good, one altered file, and the package, which gets the rest."""
-    names = list(small)
-    altered = bytearray(small[names[1]])
-    altered[-1] ^= 1
-    partial_mirror = serve(write_mirror(tmp_path / "mirror", {names[0]: small[names[0]], names[1]: altered}))
-    asked = []
-
-    def package(wanted):
-        asked.extend(wanted)
-        yield from ((name, small[name]) for name in wanted)
-
-    monkeypatch.setattr(mnist_data, "MIRRORS", ("http://127.0.0.1:1/", partial_mirror))
-    monkeypatch.setattr(mnist_data, "package", package)
-    assert mnist_data.fetch_files(tmp_path / "data", names) == small
-    assert asked == names[1:]
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[1] for line in lines if line.startswith("fetching")] == ["4", "4", "3"]
-    assert any("Connection refused" in line for line in lines)
-    assert any(names[1] in line and "SHA-256" in line for line in lines)
+def test_a_file_that_is_not_right_is_refused_by_name(four, tmp_path, capsys, content, words):
+    four[TRAIN_IMAGES] = content(four[TRAIN_IMAGES])
+    error = refused(write(tmp_path, four))
+    assert str(tmp_path / TRAIN_IMAGES) in error
+    assert words in error
+    assert capsys.readouterr().out == ""  # nothing is downloaded in its place
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("arrays", "words"),
     [
-        (lambda packed: packed[:-20], "end-of-stream"),
-        (lambda packed: packed[:20] + b"\xff" * 20 + packed[40:], "decompress|CRC"),
-        (lambda packed: b"<html>log in to the network</html>", "SHA-256"),
-        (lambda packed: b"", "SHA-256"),
+        (make_arrays(top=10), "up to 10"),
+        (make_arrays(n_train=999), "999 images"),
+        (make_arrays(n_test=0), "0 images"),
+        (make_arrays() | {TEST_LABELS: np.zeros(999)}, "999 labels"),
+    ],
+    ids=["label 10", "few", "none", "unlike"],
+)
+def test_data_that_do_not_do_are_refused(tmp_path, arrays, words):
+    assert words in refused(write(tmp_path, {name: idx(array) for name, array in arrays.items()}))
+
+
+def test_a_folder_that_lacks_a_file_of_other_data_is_refused(four, tmp_path, capsys):
+    del four[TEST_LABELS]
+    error = refused(write(tmp_path, four))
+    assert TEST_LABELS in error
+    assert "not MNIST's" in error
+    assert capsys.readouterr().out == ""
+
+
+# --- the sources of MNIST ----------------------------------------------------------------------------
+
+
+def test_what_a_folder_lacks_is_downloaded(small, tmp_path, capsys, serve, monkeypatch):
+    """From the first source that has it; what was there stays as it was."""
+    monkeypatch.setattr(mnist_data, "MIRRORS", (CLOSED, serve(small), CLOSED))
+    data = mnist_data.load_mnist(tmp_path / "new" / "data")
+    assert files(tmp_path / "new" / "data") == {Path(name): content for name, content in small.items()}
+    assert data.sha256 == mnist_data.SHA256
+    first, failed, second, mnist = capsys.readouterr().out.splitlines()
+    assert "4 files" in first
+    assert "Connection refused" in failed
+    assert mnist_data.MIRRORS[1] in second
+    assert mnist.startswith("MNIST: 1,200")
+
+    some = write(tmp_path / "some", {f"{TRAIN_IMAGES}.gz": gzip.compress(small[TRAIN_IMAGES])})
+    before = files(some)
+    mnist_data.load_mnist(some)
+    assert before.items() <= files(some).items()
+    assert {path.name for path in some.iterdir()} == {*small, f"{TRAIN_IMAGES}.gz"} - {TRAIN_IMAGES}
+    assert "3 files" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("pack", "words"),
+    [
+        (lambda content: gzip.compress(content)[:-20], "end-of-stream"),
+        (lambda content: gzip.compress(content[:-1] + b"?"), "SHA-256"),
+        (lambda content: b"<html>log in to the network</html>", "Not a gzipped file"),
+        (lambda content: b"", "SHA-256"),
     ],
     ids=["truncated", "altered", "captive portal", "empty"],
 )
-def test_damaged_download_is_never_used(small, tmp_path, serve, monkeypatch, damage, message):
-    folder = write_mirror(tmp_path / "mirror", small)
-    path = folder / f"{mnist_data.TRAIN_IMAGES}.gz"
-    path.write_bytes(damage(path.read_bytes()))
-    monkeypatch.setattr(mnist_data, "MIRRORS", (serve(folder),))
-    monkeypatch.setattr(mnist_data, "package", no_package)
-    with pytest.raises(UserError, match=message):
-        mnist_data.fetch_files(tmp_path / "data", list(small))
+def test_a_damaged_download_is_never_kept(small, tmp_path, serve, capsys, monkeypatch, pack, words):
+    monkeypatch.setattr(mnist_data, "MIRRORS", (serve(small, pack),))
+    monkeypatch.setattr(mnist_data, "from_package", lambda: {})
+    error = refused(tmp_path / "data")
+    assert all(name in error for name in small)
     assert not (tmp_path / "data").exists()
+    assert words in capsys.readouterr().out.splitlines()[1]
 
 
-def test_damaged_file_on_disk_is_fetched_again_and_moved_aside(small, tmp_path, capsys, serve, monkeypatch):
-    for name, content in small.items():
-        (tmp_path / name).write_bytes(content)
-    (tmp_path / mnist_data.TEST_LABELS).write_bytes(b"truncated")
-    monkeypatch.setattr(mnist_data, "MIRRORS", (serve(write_mirror(tmp_path / "mirror", small)),))
-    found = mnist_data.find_files(tmp_path)
-    assert set(small) - set(found) == {mnist_data.TEST_LABELS}
-    assert mnist_data.TEST_LABELS in capsys.readouterr().out.splitlines()[0]
-    fetched = mnist_data.fetch_files(tmp_path, [mnist_data.TEST_LABELS])
-    assert found | fetched == small == mnist_data.find_files(tmp_path)
-    (aside,) = tmp_path.glob("*.damaged")
-    assert aside.read_bytes() == b"truncated"
-
-
-def test_error_lists_every_source_and_the_way_by_hand(small, tmp_path, serve, monkeypatch):
-    monkeypatch.setattr(mnist_data, "MIRRORS", ("http://127.0.0.1:1/", serve(tmp_path)))
-    monkeypatch.setattr(mnist_data.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError) as error:
-        mnist_data.fetch_files(tmp_path, list(small))
-    lines = str(error.value).splitlines()
-    assert ["Connection refused" in lines[1], "404" in lines[2], "no pip" in lines[3]] == [True] * 3
-    assert all(name in lines[4] for name in small)
-    assert str(tmp_path) in lines[4]
-
-
-def test_silent_mirror_is_left_after_the_timeout(small, tmp_path, monkeypatch):
-    import socket
-
+@pytest.mark.parametrize("proxy", [None, "http:/proxy.example:3128"])
+def test_one_line_says_what_went_wrong_with_each_source(small, tmp_path, serve, capsys, monkeypatch, proxy):
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        monkeypatch.setattr(mnist_data, "MIRRORS", (f"http://127.0.0.1:{silent.getsockname()[1]}/",))
+        port = silent.getsockname()[1]
+        mirrors = (CLOSED, serve({}), f"http://127.0.0.1:{port}/", "https://127.0.0.1:1/")
+        monkeypatch.setattr(mnist_data, "MIRRORS", mirrors)
         monkeypatch.setattr(mnist_data, "TIMEOUT", 0.2)
-        monkeypatch.setattr(mnist_data, "package", no_package)
-        with pytest.raises(UserError, match="timed out"):
-            mnist_data.fetch_files(tmp_path, list(small))
+        if proxy:
+            monkeypatch.setenv("https_proxy", proxy)
+            monkeypatch.setenv("no_proxy", "")
+        monkeypatch.setattr("urllib.request._opener", None)  # which knows the proxies of its first use
+        assert str(tmp_path / "data") in refused(tmp_path / "data")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 * 5
+    assert [line.split()[-1] for line in lines[::2]] == [*mirrors, mnist_data.PACKAGE]
+    expected = ("refused", "404", "timed out", "proxy" if proxy else "refused", "no-such-package")
+    assert [words for words, line in zip(expected, lines[1::2], strict=True) if words not in line] == [], (
+        lines
+    )
+
+
+@pytest.mark.parametrize("in_the_way", ["folder", "link"])
+def test_what_is_in_the_way_of_a_download_is_not_replaced(small, tmp_path, capsys, in_the_way):
+    path = tmp_path / TEST_LABELS
+    write(path, {"mine": b"mine"}) if in_the_way == "folder" else path.symlink_to("gone")
+    assert TEST_LABELS in refused(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [TEST_LABELS]
+    assert capsys.readouterr().out == ""
+
+
+def test_two_programs_fill_one_folder(small, tmp_path, serve):
+    program = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import mnist_data, pathlib\n"
+        f"mnist_data.MIRRORS, mnist_data.SHA256 = ({serve(small)!r},), {mnist_data.SHA256!r}\n"
+        f"mnist_data.load_mnist(pathlib.Path({str(tmp_path / 'data')!r}))"
+    )
+    both = [subprocess.Popen([sys.executable, "-c", program]) for _ in range(2)]
+    assert [one.wait() for one in both] == [0, 0]
+    assert {path.name for path in (tmp_path / "data").iterdir()} == set(small)
 
 
 @pytest.fixture
-def index(tmp_path, monkeypatch):
-    """A folder that a real pip takes for its only index."""
+def package(tmp_path, monkeypatch):
+    """A function that makes a package of a pickle, which a real pip finds in the only index that it has."""
     for name in [name for name in os.environ if name.startswith("PIP_")]:
         monkeypatch.delenv(name)
-    folder = tmp_path / "index"
-    folder.mkdir()
-    for name, value in {"CONFIG_FILE": os.devnull, "NO_INDEX": "1", "FIND_LINKS": str(folder)}.items():
+    for name, value in {"CONFIG_FILE": os.devnull, "NO_INDEX": "1", "FIND_LINKS": str(tmp_path)}.items():
         monkeypatch.setenv(f"PIP_{name}", value)
-    return folder
+
+    def make(content):
+        name, version = "mnist_stand_in", "1.0"
+        about = f"{name}-{version}.dist-info"
+        with zipfile.ZipFile(tmp_path / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
+            wheel.writestr(mnist_data.PICKLE, content)
+            wheel.writestr(f"{about}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+            wheel.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+            wheel.writestr(f"{about}/RECORD", "")
+        monkeypatch.setattr(mnist_data, "PACKAGE", f"{name}=={version}")
+        monkeypatch.setattr(mnist_data, "MIRRORS", ())
+
+    return make
 
 
-def test_package_through_a_real_pip(index, tmp_path, monkeypatch):
-    """A wheel of a small pickle: (images, labels) of three parts, the first two being the training file."""
-    rng = np.random.default_rng(0)
-    images, labels = rng.integers(0, 256, (9, 784)).astype(np.uint8), np.arange(9, dtype=np.uint8)
-    parts = [
-        ((images[part] / np.float32(256)), labels[part].astype(int)) for part in np.split(np.arange(9), 3)
-    ]
-    files = {
-        mnist_data.TRAIN_IMAGES: mnist_data.format_idx(images[:6].reshape(6, 28, 28)),
-        mnist_data.TRAIN_LABELS: mnist_data.format_idx(labels[:6]),
-        mnist_data.TEST_IMAGES: mnist_data.format_idx(images[6:].reshape(3, 28, 28)),
-        mnist_data.TEST_LABELS: mnist_data.format_idx(labels[6:]),
-    }
-    content = gzip.compress(pickle.dumps(parts))
-    name, version = mnist_data.PACKAGE.replace("-", "_").split("==")
-    about = f"{name}-{version}.dist-info"
-    with zipfile.ZipFile(index / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
-        wheel.writestr(mnist_data.PICKLE, content)
-        wheel.writestr(f"{about}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-        wheel.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        wheel.writestr(f"{about}/RECORD", "")
-    sums = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-    monkeypatch.setattr(mnist_data, "SHA256", sums)
+def test_the_package_through_a_real_pip(small, package, tmp_path, monkeypatch):
+    arrays = make_arrays()
+    images = [arrays[name].reshape(-1, 784) / np.float32(256) for name in (TRAIN_IMAGES, TEST_IMAGES)]
+    labels = [arrays[name].astype(int) for name in (TRAIN_LABELS, TEST_LABELS)]
+    parts = [(images[0][part], labels[0][part]) for part in (slice(1_000), slice(1_000, None))]
+    content = gzip.compress(pickle.dumps([*parts, (images[1], labels[1])]), compresslevel=1)
+    package(content)
     monkeypatch.setattr(mnist_data, "PICKLE_SHA256", hashlib.sha256(content).hexdigest())
-    monkeypatch.setattr(mnist_data, "MIRRORS", ())
     before = sorted(package.name for package in metadata.distributions())
-    assert mnist_data.fetch_files(tmp_path / "data", list(files)) == files
-    assert {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()} == files
+    mnist_data.load_mnist(tmp_path / "data")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()} == small
     assert sorted(package.name for package in metadata.distributions()) == before  # it is not installed
 
 
-def test_pip_failure_is_a_reason(index):
-    with pytest.raises(Unusable, match=mnist_data.PACKAGE):
-        list(mnist_data.package(list(mnist_data.SHA256)))
-
-
-def test_wrong_pickle_is_never_unpickled(tmp_path):
+def test_a_wrong_pickle_is_never_unpickled(small, package, tmp_path, capsys):
     class Trap:
         def __reduce__(self):
             return (tmp_path.joinpath("sprung").touch, ())
 
-    with pytest.raises(Unusable, match="SHA-256"):
-        mnist_data.unpickle(gzip.compress(pickle.dumps(Trap())))
+    package(gzip.compress(pickle.dumps(Trap())))
+    refused(tmp_path / "data")
+    assert "SHA-256" in capsys.readouterr().out
     assert not (tmp_path / "sprung").exists()
-
-
-def test_two_programs_fetch_into_one_folder(small, tmp_path, serve):
-    url = serve(write_mirror(tmp_path / "mirror", small))
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / mnist_data.TEST_IMAGES).write_bytes(b"damaged")
-    program = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import mnist_data\n"
-        f"mnist_data.MIRRORS, mnist_data.SHA256 = ({url!r},), {mnist_data.SHA256!r}\n"
-        f"print(mnist_data.load_mnist({str(tmp_path / 'data')!r}).test_images.sum())"
-    )
-    command = [sys.executable, "-c", program]
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    sums = {int(one.communicate()[0].splitlines()[-1]) for one in both}
-    assert [one.returncode for one in both] == [0, 0]
-    assert sums == {mnist_data.parse_idx(small[mnist_data.TEST_IMAGES]).sum()}
-    left = {path.name for path in (tmp_path / "data").iterdir() if path.suffix != ".damaged"}
-    assert left == set(small)
-
-
-def test_damaged_file_that_another_program_mends_meanwhile(small, tmp_path, monkeypatch):
-    path = tmp_path / mnist_data.TEST_LABELS
-    path.write_bytes(b"damaged")
-    monkeypatch.setattr(type(path), "read_bytes", lambda path: path.unlink() or path.open("rb"))
-    mnist_data.keep(path, small[mnist_data.TEST_LABELS])
-    monkeypatch.undo()
-    assert path.read_bytes() == small[mnist_data.TEST_LABELS]
-
-
-def test_unwritable_folder_is_named(small, tmp_path, serve, monkeypatch):
-    (tmp_path / "file").write_bytes(b"in the way")
-    monkeypatch.setattr(mnist_data, "MIRRORS", (serve(write_mirror(tmp_path / "mirror", small)),))
-    with pytest.raises(UserError, match="--data_dir"):
-        mnist_data.fetch_files(tmp_path / "file", list(small))
-    assert (tmp_path / "file").read_bytes() == b"in the way"
 
 
 def test_a_file_written_whole_leaves_the_old_one_when_it_fails(tmp_path):
     path = tmp_path / "file"
     mnist_data.write_whole(path, "old")
-    with (
-        pytest.raises(OSError, match=r"No space left on device: .*file'"),
-        mnist_data.whole_file(path) as part,
-    ):
+    with pytest.raises(OSError, match="No space") as error, mnist_data.whole_file(path) as part:
         part.write_bytes(b"n")
         raise OSError(28, "No space left on device")
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
+    assert mnist_data.reason(error.value) == f"{path}: No space left on device"
+    assert files(tmp_path) == {path.relative_to(tmp_path): b"old"}
 
 
-# --- copies of the training digits and digits of one's own -------------------------------------------
+# --- copies of the training digits -------------------------------------------------------------------
 
 
 def test_augment_turns_and_shifts_copies():
     """Two spots, one of them in the centre: it shows the shift, and from it the other shows the angle."""
     rows, columns = np.mgrid[:28, :28]
-
-    def spot(y, x):
-        return 200 * np.exp(-((rows - y) ** 2 + (columns - x) ** 2) / 4)
-
-    image = np.rint(spot(13.5, 13.5) + spot(13.5, 21.5)).astype(np.uint8)
-    images = np.repeat(image.reshape(1, 784), 300, axis=0)
+    spots = [200 * np.exp(-((rows - 13.5) ** 2 + (columns - x) ** 2) / 4) for x in (13.5, 21.5)]
+    images = np.repeat(np.rint(sum(spots)).astype(np.uint8).reshape(1, 784), 300, axis=0)
     augmented = mnist_data.augment(images, 0)
     assert (augmented.shape, augmented.dtype) == ((1_500, 784), np.uint8)
     np.testing.assert_array_equal(augmented[:300], images)
@@ -349,93 +349,243 @@ def test_augment_keeps_the_background_black_and_follows_the_seed(mnist):
     images = mnist.train_images[:200]
     augmented = mnist_data.augment(images, 3)
     ink = augmented.reshape(5, 200, 784)
-    assert (
-        np.abs((ink > 0).mean(axis=(1, 2)) / (images > 0).mean() - 1) < 0.35
-    ).all()  # the strokes' edges grow
+    assert ((ink > 0).mean(axis=(1, 2)) / (images > 0).mean() < 1.35).all()  # the strokes' edges grow
     assert ink.mean(axis=(1, 2)) == pytest.approx(np.full(5, images.mean()), rel=0.02)
     assert (mnist_data.augment(np.zeros_like(images), 3) == 0).all()
     np.testing.assert_array_equal(mnist_data.augment(images, 3), augmented)
     assert (mnist_data.augment(images, 4) != augmented).any()
 
 
+# --- the user's own digits: pictures -----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def seven(mnist):
+    """A test digit, (28, 28) from 0 to 255, and the same five times as large with unequal margins."""
+    digit = mnist.test_images[0].reshape(28, 28)
+    return digit, np.pad(np.kron(digit, np.ones((5, 5), np.uint8)), ((30, 50), (60, 20)))
+
+
+def with_alpha(image, colour):
+    """Returns a digit that is nothing but alpha."""
+    coloured = Image.new("RGBA", image.size, colour)
+    coloured.putalpha(image)
+    return coloured
+
+
+def turned(image):
+    return image.transpose(Image.Transpose.ROTATE_90)
+
+
+UPRIGHT = Image.Exif()
+UPRIGHT[0x112] = 6  # to be turned clockwise
+
+# Name: (how it is made of a picture in mode L, what it is saved with, how far off its pixels are on average).
+PICTURES = {
+    "la.png": (lambda image: image.convert("LA"), {}, 1e-6),
+    "rgb.bmp": (lambda image: image.convert("RGB"), {}, 1e-6),
+    "rgba.png": (lambda image: image.convert("RGBA"), {}, 1e-6),
+    "palette.png": (lambda image: image.convert("P"), {}, 1e-6),
+    "palette.gif": (lambda image: image.convert("P"), {}, 1e-6),
+    "16.png": (lambda image: Image.fromarray(np.asarray(image) * np.uint16(257)), {}, 1e-6),
+    "16.pgm": (lambda image: Image.fromarray(np.asarray(image) * np.uint16(257)), {}, 1e-6),
+    "16.tif": (lambda image: Image.fromarray((np.asarray(image) * np.uint16(257)).astype(">u2")), {}, 1e-6),
+    "32.tif": (lambda image: Image.fromarray(np.asarray(image) * np.int32(65_537)), {}, 1e-6),
+    "float.tif": (lambda image: Image.fromarray(np.asarray(image) / np.float32(255)), {}, 1e-6),
+    "cmyk.tif": (lambda image: image.convert("RGB").convert("CMYK"), {}, 1e-6),
+    "black.png": (lambda image: with_alpha(image, "black"), {}, 1e-6),
+    "white.png": (lambda image: with_alpha(image, "white"), {}, 1e-6),
+    "red.webp": (lambda image: with_alpha(image, "red"), {"quality": 70}, 1e-6),
+    "pale.png": (lambda image: image.point(lambda grey: 60 + 3 * grey // 5), {}, 0.002),
+    "turned.png": (turned, {"exif": UPRIGHT}, 1e-6),
+    "turned.tif": (turned, {"exif": UPRIGHT}, 1e-6),
+    "turned.jpg": (turned, {"exif": UPRIGHT, "quality": 95}, 0.005),
+    "4_bit.png": (lambda image: image.quantize(16), {"bits": 4}, 0.01),
+    "lossy.jpg": (lambda image: image, {"quality": 75}, 0.005),
+    "lossy.webp": (lambda image: image.convert("RGB"), {"quality": 75}, 0.01),
+}
+
+
+@pytest.mark.parametrize("inverted", [False, True], ids=["white on black", "black on white"])
+@pytest.mark.parametrize("name", PICTURES)
+def test_a_digit_is_the_same_in_every_mode(seven, tmp_path, name, inverted):
+    digit, large = seven
+    image = Image.fromarray(255 - large if inverted else large)
+    image.save(tmp_path / "plain.png")
+    (plain,) = read_digits([tmp_path / "plain.png"], 0.0)
+    make, options, tolerance = PICTURES[name]
+    make(image).save(tmp_path / name, **options)
+    x = read_digits([tmp_path / name], 0.0)
+    assert (x.shape, x.dtype) == ((1, 784), np.float32)
+    assert np.abs(x - plain).mean() < tolerance
+    assert np.abs(x - digit.reshape(784) / 255).mean() < 0.015
+
+
+def test_1_bit_is_the_same_as_8(seven, tmp_path):
+    image = Image.fromarray(seven[1]).point(lambda grey: 255 * (grey > 127))
+    image.save(tmp_path / "8.png")
+    image.convert("1").save(tmp_path / "1.png")
+    one, eight = read_digits([tmp_path / "1.png", tmp_path / "8.png"], 0.0)
+    np.testing.assert_allclose(one, eight, atol=1e-6)
+
+
+def test_large_digits_come_out_as_mnist_has_them(mnist, tmp_path):
+    rows = np.arange(28)
+    for digit in mnist.test_images[:50].reshape(-1, 28, 28):
+        Image.fromarray(np.pad(np.kron(digit, np.ones((5, 5), np.uint8)), 70)).save(tmp_path / "digit.png")
+        (x,) = read_digits([tmp_path / "digit.png"], 0.0).reshape(-1, 28, 28)
+        assert np.abs(x - digit / 255).mean() < 0.03
+        assert x.min() == 0
+        assert x.max() == 1
+        for axis in (0, 1):
+            assert abs(np.average(rows, weights=x.sum(axis=axis)) - 14) < 0.51
+
+
+def test_a_picture_of_28_by_28_stays_where_it_is(seven, tmp_path):
+    corner = np.roll(seven[0], (-3, 4), axis=(0, 1))
+    for image in (corner, 255 - corner):
+        Image.fromarray(image).save(tmp_path / "digit.png")
+        dark, light = (read_digits([tmp_path / "digit.png"], background) for background in (0.1, 0.9))
+        np.testing.assert_allclose(dark, corner.reshape(1, 784) / corner.max(), atol=1e-6)
+        np.testing.assert_allclose(light, 1 - dark, atol=1e-6)
+
+
+def test_a_thin_line_is_not_faint(tmp_path):
+    line = np.full((900, 500), 255, np.uint8)
+    line[200:700, 300] = 0
+    Image.fromarray(line).save(tmp_path / "one.png")
+    x = read_digits([tmp_path / "one.png"], 0.0).reshape(28, 28)
+    assert np.argwhere(x > 0.5).tolist() == [[row, 14] for row in range(4, 24)]
+
+
+@pytest.mark.parametrize("name", ["frames.gif", "frames.tif", "frames.png", "frames.webp"])
+def test_every_frame_is_a_digit(mnist, tmp_path, name):
+    frames = [Image.fromarray(digit.reshape(28, 28)) for digit in mnist.test_images[:3]]
+    options = {"lossless": True} if name.endswith("webp") else {}
+    frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], **options)
+    np.testing.assert_allclose(read_digits([tmp_path / name], 0.0), mnist.test_images[:3] / 255, atol=0.01)
+
+
+def test_the_preview_in_a_photograph_is_no_digit(seven, tmp_path):
+    image = ImageOps.invert(Image.fromarray(seven[1]))
+    image.save(tmp_path / "photo.mpo", save_all=True, append_images=[image.resize((40, 40))])
+    assert len(read_digits([tmp_path / "photo.mpo"], 0.0)) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "image"),
+    [
+        ("white.png", Image.new("L", (40, 50), 255)),
+        ("clear.png", Image.new("RGBA", (40, 50), (0, 0, 0, 0))),
+        ("glass.png", Image.new("RGBA", (28, 28), (90, 80, 70, 60))),
+        ("dot.png", Image.new("L", (1, 1))),
+        ("nan.tif", Image.fromarray(np.full((28, 28), np.nan, np.float32))),
+    ],
+)
+def test_a_picture_of_one_colour_is_refused(tmp_path, name, image):
+    image.save(tmp_path / name)
+    with pytest.raises(UserError, match=f"--reconstruct .*{name}: .*take a picture"):
+        read_digits([tmp_path / name], 0.0)
+
+
+# --- the user's own digits: arrays -------------------------------------------------------------------
+
 LEVELS = np.random.default_rng(0).integers(0, 256, (3, 28, 28)).astype(np.uint8)
+MASK = LEVELS > 99
 
 
-def write_images(path, images):
+def save(path, array):
+    """Writes an array, or several by name, to a .npy, .npz, IDX or gzipped IDX file."""
     if path.suffix == ".npy":
-        np.save(path, images)
+        np.save(path, array)
     elif path.suffix == ".npz":
-        np.savez(path, images=images, z=np.zeros((3, 2)))
+        np.savez(path, **(array if isinstance(array, dict) else {"mine": array}))
     else:
-        Image.fromarray(images).save(path)
+        path.write_bytes(gzip.compress(idx(array)) if path.suffix == ".gz" else idx(array))
     return path
 
 
 @pytest.mark.parametrize(
-    ("name", "images", "expected"),
+    ("name", "array", "expected"),
     [
-        ("many.npy", LEVELS, LEVELS / 255),
-        ("many.npz", LEVELS, LEVELS / 255),
-        ("one.npy", LEVELS[0], LEVELS[:1] / 255),
-        ("rows.npy", LEVELS.reshape(3, 784), LEVELS / 255),
-        ("reals.npy", LEVELS / 255, LEVELS / 255),
-        ("long.npy", LEVELS.astype(np.int64), LEVELS / 255),
-        ("truth.npy", LEVELS > 99, LEVELS > 99),
-        ("grey.png", LEVELS[0], LEVELS[:1] / 255),
-        ("grey.bmp", LEVELS[0], LEVELS[:1] / 255),
-        ("grey_as_rgb.png", np.stack([LEVELS[0]] * 3, axis=-1), LEVELS[:1] / 255),
-        ("opaque.png", np.dstack([LEVELS[0]] * 3 + [np.full((28, 28), 255, np.uint8)]), LEVELS[:1] / 255),
+        ("a.npy", LEVELS, LEVELS / 255),
+        ("a.npy", LEVELS[0], LEVELS[:1] / 255),
+        ("a.npy", LEVELS.reshape(3, 784), LEVELS / 255),
+        ("a.npy", LEVELS[0].reshape(784), LEVELS[:1] / 255),
+        ("a.npy", LEVELS[..., None], LEVELS / 255),
+        ("a.npy", LEVELS[:, None], LEVELS / 255),
+        ("a.npy", LEVELS[None, :1, :, :, None], LEVELS[:1] / 255),
+        ("a.npy", LEVELS.astype(np.int64), LEVELS / 255),
+        ("a.npy", LEVELS.astype(">u2"), LEVELS / 255),
+        ("a.npy", LEVELS / 255, LEVELS / 255),
+        ("a.npy", (LEVELS / 255).astype(np.float32) * np.float32(1.0000002) - np.float32(1e-7), LEVELS / 255),
+        ("a.npy", MASK, MASK),
+        ("a.npy", MASK.astype(np.uint8), MASK),
+        ("a.npy", MASK.astype(float), MASK),
+        ("a.npz", LEVELS, LEVELS / 255),
+        ("a.npz", {"z": np.zeros((3, 2)), "images": LEVELS}, LEVELS / 255),
+        (TEST_IMAGES, LEVELS, LEVELS / 255),
+        (f"{TEST_IMAGES}.gz", LEVELS, LEVELS / 255),
     ],
-    ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_own_images_are_read(tmp_path, name, images, expected):
-    x = mnist_data.read_images(write_images(tmp_path / name, images))
-    assert x.dtype == np.float32
-    np.testing.assert_allclose(x, expected.reshape(-1, 784), atol=1e-6)
-
-
-def test_the_only_array_of_a_file_needs_no_name(tmp_path):
-    np.savez(tmp_path / "digits.npz", mine=LEVELS)
-    np.testing.assert_allclose(mnist_data.read_images(tmp_path / "digits.npz"), LEVELS.reshape(3, 784) / 255)
+def test_arrays_are_taken_as_they_are(tmp_path, name, array, expected):
+    path = save(tmp_path / name, array)
+    for background in (0.0, 1.0):
+        x = read_digits([path], background)
+        assert x.dtype == np.float32
+        assert x.min() >= 0
+        assert x.max() <= 1
+        np.testing.assert_allclose(x, expected.reshape(-1, 784), atol=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("name", "images", "words"),
+    ("name", "array", "words"),
     [
-        ("large.npy", LEVELS[:, :27], "shape (3, 27, 28)"),
-        ("large.png", np.vstack([LEVELS[0], LEVELS[1]]), "28 by 56 pixels"),
-        ("none.npy", LEVELS[:0], "no image"),
-        ("out.npy", LEVELS.astype(float), "pixels from 0.0 to 255.0"),
-        ("nan.npy", np.where(LEVELS > 250, np.nan, LEVELS / 255), "pixels from nan"),
-        ("ones.npy", (LEVELS > 99).astype(np.uint8), "from 0 to 1"),
-        ("objects.npy", np.full((1, 28, 28), None), "cannot be read"),
-        ("colour.png", np.stack(list(LEVELS), axis=-1), "colour"),
-        ("glass.png", np.dstack([LEVELS[0]] * 4), "transparent"),
+        ("a.npy", LEVELS[:, :27], r"\(3, 27, 28\)"),
+        ("a.npy", np.zeros((5, 3, 784)), r"\(5, 3, 784\)"),
+        ("a.npy", LEVELS[:0], r"\(0, 28, 28\)"),
+        ("a.npy", LEVELS.astype(float), "0 to 255: take integers"),
+        ("a.npy", LEVELS.astype(int) - 1, "-1 to 254"),
+        ("a.npy", LEVELS.astype(int) * 2, "to 510"),
+        ("a.npy", np.where(LEVELS > 250, np.nan, LEVELS / 255), "nan"),
+        ("a.npy", LEVELS.astype(str), "cast"),
+        ("a.npy", LEVELS.astype(complex), "cast"),
+        ("a.npy", np.full((1, 28, 28), None), "pickled|allow_pickle"),
+        ("a.npy", np.concatenate([MASK, MASK[:1] * False]), "one colour"),
+        ("a.npz", {"one": LEVELS, "two": LEVELS}, "images is not a file"),
+        ("labels", np.zeros(30), "dimensions"),
     ],
-    ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_unusable_images_are_refused_in_a_line(tmp_path, name, images, words):
-    with pytest.raises(UserError) as refusal:
-        mnist_data.read_images(write_images(tmp_path / name, images))
-    assert all(part in str(refusal.value) for part in (words, "--reconstruct", name))
+def test_arrays_that_cannot_be_digits_are_refused(tmp_path, name, array, words):
+    with pytest.raises(UserError, match=f"--reconstruct .*{name}: .*({words})") as refusal:
+        read_digits([save(tmp_path / name, array)], 0.0)
     assert "\n" not in str(refusal.value)
 
 
-@pytest.mark.parametrize("name", ["broken.npy", "broken.npz", "broken.png", "broken.jpg", "digits.txt"])
-@pytest.mark.parametrize("content", ["empty", "noise", "truncated", "missing"])
-def test_broken_images_are_refused_in_a_line(tmp_path, name, content):
+@pytest.mark.parametrize("name", ["a.npy", "a.npz", "a.png", "a.jpg", "a.gif", "a.tif", "a.txt", "a.gz"])
+@pytest.mark.parametrize("content", ["empty", "noise", "half", "missing", "folder"])
+def test_broken_files_are_refused(tmp_path, name, content):
     path = tmp_path / name
-    if content == "truncated" and path.suffix != ".txt":
-        whole = write_images(path, LEVELS[0]).read_bytes()
-        path.write_bytes(whole[: len(whole) // 2])
+    if content == "half" and path.suffix != ".txt":
+        array = path.suffix in (".npy", ".npz", ".gz")
+        save(path, LEVELS) if array else Image.fromarray(LEVELS[0]).save(path)
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    elif content == "folder":
+        path.mkdir()
     elif content != "missing":
         path.write_bytes(b"" if content == "empty" else bytes(range(256)))
-    with pytest.raises(UserError, match="cannot be read") as refusal:
-        mnist_data.read_images(path)
+    with pytest.raises(UserError, match=f"--reconstruct .*{name}: ") as refusal:
+        read_digits([path], 0.0)
     assert "\n" not in str(refusal.value)
 
 
-def test_several_arrays_without_one_named_images_are_refused(tmp_path):
-    np.savez(tmp_path / "two.npz", one=LEVELS, two=LEVELS)
-    with pytest.raises(UserError, match="2 arrays, none of them named images"):
-        mnist_data.read_images(tmp_path / "two.npz")
+def test_several_files_and_a_folder_are_taken_in_order(mnist, tmp_path):
+    digits = mnist.test_images[:4].reshape(-1, 28, 28)
+    folder = tmp_path / "[a folder]"
+    folder.mkdir()
+    paths = [tmp_path / "z.png", folder / "1.png", folder / "2.npy", tmp_path / "a.png"]
+    for path, digit in zip(paths, digits, strict=True):
+        np.save(path, digit) if path.suffix == ".npy" else Image.fromarray(digit).save(path)
+    (folder / ".hidden").write_bytes(b"not a digit")
+    x = read_digits([paths[0], folder, paths[3]], 0.0)
+    np.testing.assert_allclose(x, digits.reshape(4, 784) / 255, atol=0.01)

@@ -219,7 +219,7 @@ def test_overwrite_removes_what_a_run_wrote_and_nothing_else(run, copy):
     put(copy, THEIRS)
     put(copy, ("generated.npz", "reconstructed.npz", "reconstructed.png", "input_noise.png"))
     assert run("--num_epochs=1", "--PMLR=False", f"--results_path={copy}", "--overwrite") == 0
-    ours = {"config.json", "log.csv", "metrics.json", "vae.keras", "checkpoint/epoch-1.npz"}
+    ours = {"config.json", "log.csv", "metrics.json", "latent.npz", "vae.keras", "checkpoint/epoch-1.npz"}
     ours |= {f"{name}.png" for name in ("input", "reconstruction", "samples", "interpolation", "elbo")}
     assert {str(name) for name in files(copy)} == {*ours, *THEIRS}
     assert read_texts(copy) == {name: f"theirs: {name}" for name in THEIRS}

@@ -1,9 +1,11 @@
 """The program: flags, training, what a run leaves behind, and what is done with it afterwards."""
 
 import contextlib
+import hashlib
 import json
 import math
 import shutil
+import struct
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -20,7 +22,7 @@ import run_main
 
 tf, vae = run_main.tf, run_main.vae
 
-EVERY_RUN = {"config.json", "log.csv", "metrics.json", "vae.keras", "checkpoint"}
+EVERY_RUN = {"config.json", "log.csv", "metrics.json", "vae.keras", "checkpoint", "latent.npz"}
 EVERY_RUN |= {"samples.png", "interpolation.png", "elbo.png"}
 RECONSTRUCTIONS = {"input.png", "reconstruction.png"}
 PLANE = {"manifold.png", "latent_map.png"}
@@ -79,7 +81,7 @@ WRONG = [  # flags, words of the error
     ("--results_path full --overwrite", "--results_path full"),
     ("--results_path full/mine.txt", "full/mine.txt"),
     ("--reconstruct nowhere.png", "nowhere.png No such file"),
-    ("--reconstruct small.npy", "(3, 14, 14) 28 by 28"),
+    ("--reconstruct small.npy", "(3, 14, 14) (28, 28)"),
     ("--distribute multi_worker", "--distribute TF_CONFIG"),
     ("--dim 3", "--dim"),
     ("--epochs 3", "--epochs"),
@@ -244,7 +246,7 @@ def test_digits_are_as_they_are_without_flags(few_digits):
 
 
 def test_augmented_digits_are_trained_on(few_digits):
-    cut = few_digits._replace(train_images=few_digits.train_images[:20])
+    cut = SimpleNamespace(**vars(few_digits) | {"train_images": few_digits.train_images[:20]})
     flags = run_main.parse_flags(["--augment"])
     images = run_main.make_digits(cut, flags).train_images
     np.testing.assert_array_equal(images, mnist_data.augment(cut.train_images, flags.seed))
@@ -259,7 +261,7 @@ def test_augmented_digits_are_trained_on(few_digits):
 def test_training_on_few_digits_lowers_the_loss(few_digits, optimizer):
     arguments = ["--n_hidden=64", "--batch_size=50", "--num_epochs=15", f"--optimizer={optimizer}"]
     flags = run_main.parse_flags(arguments)
-    cut = few_digits._replace(train_images=few_digits.train_images[:500])
+    cut = SimpleNamespace(**vars(few_digits) | {"train_images": few_digits.train_images[:500]})
     digits = run_main.make_digits(cut, flags)
     state = run_main.build(digits, flags)
     before = run_main.evaluate(state.network, *digits.valid, flags).sum()
@@ -407,25 +409,62 @@ def test_equal_runs_have_equal_files_and_another_seed_others(run, trained, tmp_p
     assert sum("epoch-2.npz: variable_" in name for name in changed) == 2 * 12  # weights and momenta
 
 
-def test_numbered_folders_are_taken_once(tmp_path, monkeypatch):
+def test_numbered_folders_are_taken_once(tmp_path, monkeypatch, few_digits):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "results" / "run2").mkdir(parents=True)
     flags = run_main.parse_flags([])
-    folders = [str(run_main.begin_run(flags)) for _ in range(3)]
+    folders = [str(run_main.begin_run(flags, few_digits)) for _ in range(3)]
     assert folders == ["results/run1", "results/run3", "results/run4"]
 
 
+def test_other_data_are_trained_on_as_they_are_and_stay_the_runs(run, few_digits, tmp_path, capsys):
+    """Files of MNIST's names with other content, such as Fashion-MNIST's."""
+    images = {"train": few_digits.train_images[:1_200], "t10k": few_digits.test_images}
+    (tmp_path / "data").mkdir()
+    for part, digits in images.items():
+        labels = np.arange(len(digits), dtype=np.uint8) % 10
+        for name, array in (("images-idx3", digits.reshape(-1, 28, 28)), ("labels-idx1", labels)):
+            header = struct.pack(f">4B{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
+            (tmp_path / "data" / f"{part}-{name}-ubyte").write_bytes(header + array.tobytes())
+    before = files(tmp_path / "data")
+    where = (f"--data_dir={tmp_path / 'data'}", f"--results_path={tmp_path / 'run'}")
+    for flags in ("--batch_size=1101", "--PMLR_n_samples=1001", "--PRR_n_img_x=40 --PRR_n_img_y=26"):
+        assert run(*where, *flags.split()) == 2
+        assert "1,100 and 1,000 digits" in one_line(capsys.readouterr().err)
+        assert not (tmp_path / "run").exists()
+    assert run(*where, "--batch_size=100", "--num_epochs=1") == 0
+    assert "other data than MNIST" in capsys.readouterr().out
+    assert files(tmp_path / "data") == before
+    sums = json.loads((tmp_path / "run" / "config.json").read_text())["data_sha256"]
+    assert sums == {str(name): hashlib.sha256(content).hexdigest() for name, content in before.items()}
+    before = files(tmp_path / "run")
+    for goes_on in (["--resume", where[1], "--num_epochs=2"], [f"--load={tmp_path / 'run'}"]):
+        assert run(*goes_on, f"--data_dir={ROOT / 'data'}") == 2
+        assert "other data than the run" in one_line(capsys.readouterr().err)
+    assert files(tmp_path / "run") == before
+
+
+def test_latents_of_the_test_digits_are_kept(trained, few_digits, mnist):
+    with np.load(trained / "latent.npz") as arrays:
+        mean, log_var, label = (arrays[name] for name in ("mean", "log_var", "label"))
+    network = tf.keras.models.load_model(trained / "vae.keras")
+    np.testing.assert_allclose(mean, network.encode(few_digits.test_images / 255), atol=1e-4)
+    assert log_var.shape == mean.shape == (1_000, 2)
+    np.testing.assert_array_equal(label, mnist.test_labels[:1_000])
+
+
 def test_missing_data_are_one_error_and_leave_no_folder(monkeypatch, tmp_path, capsys):
-    def no_package(wanted):
-        raise mnist_data.Unusable("there is no such package")
+    def no_package():
+        raise OSError("there is no such package")
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(mnist_data, "MIRRORS", ("http://127.0.0.1:1/",))
-    monkeypatch.setattr(mnist_data, "package", no_package)
+    monkeypatch.setattr(mnist_data, "from_package", no_package)
     assert run_main.main([]) == 2
-    err = one_line(capsys.readouterr().err)
-    assert "http://127.0.0.1:1/" in err
-    assert "no such package" in err
+    out, err = capsys.readouterr()
+    assert "http://127.0.0.1:1/" in out
+    assert "no such package" in out
+    assert "train-images-idx3-ubyte" in one_line(err)
     assert list(tmp_path.iterdir()) == []
 
 
