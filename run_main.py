@@ -244,9 +244,7 @@ def check_data(data, flags):
     n_shown = max(flags.PRR_n_img_x * flags.PRR_n_img_y, flags.PMLR_n_samples or 0)
     n_train, n_test = len(data.train_images), len(data.test_images)
     if flags.batch_size > n_train or n_shown > n_test:
-        raise UserError(
-            f"{where} has {n_train:,} and {n_test:,} digits: lower --batch_size, --PMLR_n_samples or a grid"
-        )
+        raise UserError(f"{where} has {n_train:,} and {n_test:,} digits: lower --batch_size or the pictures'")
 
 
 def is_chief(flags):
