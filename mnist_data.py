@@ -269,11 +269,6 @@ def write_arrays(path, **arrays):
         np.savez(part, **arrays)
 
 
-def grey_levels(images):
-    """Returns images in [0, 1] as uint8 from 0 to 255; what is outside is clipped."""
-    return np.rint(255 * np.clip(images, 0, 1)).astype(np.uint8)
-
-
 def in_batches(size, *arrays):
     """Yields the number of each batch of `size` rows, of which the last may have fewer, and its rows."""
     for i, first in enumerate(range(0, len(arrays[0]), size)):

@@ -62,12 +62,18 @@ class Scene:
         x, self.inputs = digits.test
         self.x, self.x_corrupted, self.labels = x[:n], self.inputs[:n], digits.test_labels
         self.mean = self.network.encode(self.inputs).numpy()
-        self.restored = self.decode(self.mean[:n])
-        self.samples = self.network.sample(n, (flags.seed, 0)).numpy()
 
     def decode(self, z):
         """Returns the images (..., 784) of latent vectors z: (..., dim_z)."""
         return self.network.decode(z.reshape(-1, z.shape[-1])).numpy().reshape(*z.shape[:-1], -1)
+
+    @property
+    def restored(self):
+        return self.decode(self.mean[: len(self.x)])
+
+    @property
+    def samples(self):
+        return self.network.sample(self.grid[0] * self.grid[1], (self.flags.seed, 0)).numpy()
 
     @property
     def lines(self):
@@ -87,11 +93,10 @@ class Scene:
         if self.mean.shape[1] == 2:
             return self.mean[:n], self.labels[:n], ("$z_1$", "$z_2$")
         variances, components = np.linalg.eigh(np.cov(centred.T))
-        names = ("first", "second")
         shares = variances[:-3:-1] / variances.sum()
         axes = [
             f"{name} principal component of z, {share:.0%} of the variance"
-            for name, share in zip(names, shares, strict=True)
+            for name, share in zip(("first", "second"), shares, strict=True)
         ]
         return (centred @ components[:, :-3:-1])[:n], self.labels[:n], axes
 
@@ -105,12 +110,17 @@ class Scene:
         return self.decode(np.stack(np.meshgrid(z_x, z_y), axis=-1).reshape(-1, 2)), z_x, z_y
 
 
+def grey_levels(images):
+    """Returns images in [0, 1] as uint8 from 0 to 255; what is outside is clipped."""
+    return np.rint(255 * np.clip(images, 0, 1)).astype(np.uint8)
+
+
 def tile(images, n_x, n_y, resize_factor=1.0):
     """Returns n_x * n_y images, (..., 784), each resized, as one picture: (height, width) uint8."""
     images = images.reshape(-1, 28, 28)
     if resize_factor != 1:
         images = zoom(images, (1, resize_factor, resize_factor), order=3, mode="nearest", grid_mode=True)
-    levels = np.rint(255 * np.clip(images, 0, 1)).astype(np.uint8)
+    levels = grey_levels(images)
     height, width = levels.shape[1:]
     return levels.reshape(n_y, n_x, height, width).swapaxes(1, 2).reshape(n_y * height, n_x * width)
 

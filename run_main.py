@@ -21,7 +21,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))  # which PYTHONSAFEPATH leaves out
 import mnist_data
-from mnist_data import UserError, grey_levels, in_batches, reason, whole_file, write_arrays, write_whole
+from mnist_data import UserError, in_batches, reason, whole_file, write_arrays, write_whole
 
 
 def import_when_used(name):
@@ -575,7 +575,8 @@ def generate(network, flags):
         seed = tf.random.fold_in([flags.seed, GENERATION], i)
         z_i[:] = network.prior.sample(len(z_i), flags.dim_z, seed)
         draw = partial(network.likelihood.sample, seed=tf.random.fold_in(seed, 1))
-        images_i[:] = grey_levels((draw if flags.binarize else network.likelihood.mean)(network.decoder(z_i)))
+        x = (draw if flags.binarize else network.likelihood.mean)(network.decoder(z_i))
+        images_i[:] = plot_utils.grey_levels(x)
     return {"images": images.reshape(-1, 28, 28), "z": z}
 
 
@@ -600,7 +601,7 @@ def write_results(state, digits, own_images, flags, folder):
         z = network.encode(own_images)
         images = network.decode(z).numpy()
         elbos = -sum(network.elbo_terms(own_images, own_images, seed=[flags.seed, EVALUATION]))
-        levels = grey_levels(images).reshape(-1, 28, 28)
+        levels = plot_utils.grey_levels(images).reshape(-1, 28, 28)
         write_arrays(folder / "reconstructed.npz", images=levels, z=z, elbo=elbos)
         pairs = plot_utils.pairs(own_images, images, flags.PRR_resize_factor)
         write_whole(folder / "reconstructed.png", pairs)
