@@ -263,18 +263,6 @@ def write_whole(path, content):
         part.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-def write_arrays(path, **arrays):
-    """Writes arrays to a .npz file, whole or not at all."""
-    with whole_file(path) as part:
-        np.savez(part, **arrays)
-
-
-def in_batches(size, *arrays):
-    """Yields the number of each batch of `size` rows, of which the last may have fewer, and its rows."""
-    for i, first in enumerate(range(0, len(arrays[0]), size)):
-        yield i, *(array[first : first + size] for array in arrays)
-
-
 def reason(error):
     """Returns what an exception says, in one line."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__

@@ -2,14 +2,14 @@
 
 import argparse
 import contextlib
-import faulthandler
 import gc
-import importlib.util
+import importlib
 import io
 import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,29 +21,20 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))  # which PYTHONSAFEPATH leaves out
 import mnist_data
-from mnist_data import UserError, in_batches, reason, whole_file, write_arrays, write_whole
+from mnist_data import UserError, reason, whole_file, write_whole
 
 
-def import_when_used(name):
-    """Returns a module that is loaded at its first use, by importlib's recipe: TensorFlow takes seconds."""
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.find_spec(name)
-    if spec is None:
-        sys.exit(f"run_main.py: error: this Python lacks {name}: pip install -r requirements.txt")
-    spec.loader = importlib.util.LazyLoader(spec.loader)
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+class Lazy(argparse.Namespace):
+    """A module that is imported at its first use, because TensorFlow takes seconds."""
+
+    def __getattr__(self, attribute):
+        return getattr(importlib.import_module(self.name), attribute)
 
 
-tf, plot_utils, vae = map(import_when_used, ("tensorflow", "plot_utils", "vae"))
+tf, plot_utils, vae = (Lazy(name=name) for name in ("tensorflow", "plot_utils", "vae"))
 say = partial(print, flush=True)
 
 EVALUATION, GENERATION = 0, -1  # in place of an epoch in the seeds of random numbers; epochs count from 1
-SECONDS_BETWEEN_PICTURES = 30
-MAX_FRAMES = 100  # of an animation; 60 take 1.7 MB
-JOIN_SECONDS = 600  # that machines wait for each other at the start
 
 # The recipe: 20 epochs of SGD at dim_z 2 give a test ELBO of -140.9.
 MOMENTUM = 0.98  # Nesterov's
@@ -74,9 +65,6 @@ OPTIMIZERS = {  # name: (function from a learning rate to a Keras optimizer, lea
     "sgd": (clipped_sgd, 0.02),
     "adam": (lambda rate: tf.keras.optimizers.Adam(learning_rate=rate), 0.002),  # loads TensorFlow when used
 }
-
-
-# --- flags --------------------------------------------------------------------------------------------
 
 
 def number(kind, low, high=2**31 - 1):
@@ -128,14 +116,14 @@ FLAGS = {  # group: (name, argparse type or choices, default, whose, help)
     ),
     "PRR: plot reproduction result": (
         ("PRR", switch, True, KEPT, "draw test digits and their reconstructions"),
-        ("PRR_n_img_x", whole(1, 100), 10, KEPT, "digits from left to right"),
-        ("PRR_n_img_y", whole(1, 100), 10, KEPT, "digits from top to bottom"),
+        ("PRR_n_img_x", whole(1, 50), 10, KEPT, "digits from left to right"),
+        ("PRR_n_img_y", whole(1, 50), 10, KEPT, "digits from top to bottom"),
         ("PRR_resize_factor", real(0.04, 3), 1.0, KEPT, "size of a digit in units of 28 pixels"),
     ),
     "PMLR: plot manifold learning result": (
         ("PMLR", switch, None, KEPT, "draw the decoded plane (default: at --dim_z 2); False: and no map"),
-        ("PMLR_n_img_x", whole(1, 100), 20, KEPT, "digits from left to right"),
-        ("PMLR_n_img_y", whole(1, 100), 20, KEPT, "digits from top to bottom"),
+        ("PMLR_n_img_x", whole(1, 50), 20, KEPT, "digits from left to right"),
+        ("PMLR_n_img_y", whole(1, 50), 20, KEPT, "digits from top to bottom"),
         ("PMLR_resize_factor", real(0.04, 3), 1.0, KEPT, "size of a digit in units of 28 pixels"),
         ("PMLR_z_range", real(0.001, 8), 3.0, KEPT, "the manifold shows z from minus this to this"),
         ("PMLR_n_samples", whole(1, mnist_data.N_TEST), None, KEPT, "digits on the map (default: 5000)"),
@@ -147,7 +135,7 @@ FLAGS = {  # group: (name, argparse type or choices, default, whose, help)
         ("overwrite", switch, False, COMMAND, "remove the run in --results_path, or what --load made before"),
         ("load", path, None, COMMAND, "folder of a run to take the network from, instead of training"),
         ("n_importance", whole(1), None, RESUMED, "estimate log p(x) with this many samples of z per digit"),
-        ("n_generate", whole(1, 10_000_000), None, COMMAND, "write this many new images to generated.npz"),
+        ("n_generate", whole(1, 1_000_000), None, COMMAND, "write this many new images to generated.npz"),
         ("reconstruct", path, None, COMMAND, "reconstruct your own digits: pictures, arrays, folders"),
     ),
 }
@@ -156,15 +144,15 @@ WHOSE = {name: whose for rows in FLAGS.values() for name, _, _, whose, _ in rows
 ONCE = {"generated.npz": "n_generate", "reconstructed.npz": "reconstruct", "reconstructed.png": "reconstruct"}
 
 
-class OneLineParser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"{' '.join(message.split())}; --help lists the flags")
-
-
 def make_parser():
     """Returns the parser of FLAGS."""
-    narrow = partial(argparse.HelpFormatter, width=79)
-    parser = OneLineParser("run_main.py", formatter_class=narrow, allow_abbrev=False)
+    narrow = partial(argparse.HelpFormatter, width=min(79, shutil.get_terminal_size().columns))
+    parser = argparse.ArgumentParser("run_main.py", formatter_class=narrow, allow_abbrev=False)
+
+    def refuse(message):
+        raise UserError(f"{' '.join(message.split())}; --help lists the flags")
+
+    parser.error = refuse
     for title, rows in FLAGS.items():
         group = parser.add_argument_group(title)
         for name, kind, default, _, text in rows:
@@ -188,8 +176,7 @@ def parse_flags(arguments=None):
         if not isinstance(recorded, dict) or recorded.get("load"):
             raise UserError(f"{run} has no run that was trained there, or its config.json is damaged")
         names = {**WHOSE, **recorded}  # a flag that only one of them knows may change what a run is
-        differing = [n for n in names if (n in recorded) != (n in WHOSE) and WHOSE.get(n, OWN) == OWN]
-        if differing:
+        if differing := [n for n in names if (n in recorded) != (n in WHOSE) and WHOSE.get(n, OWN) == OWN]:
             raise UserError(f"the run in {run} is of code with other flags: --{', --'.join(differing)}")
         kinds = (OWN, KEPT, RESUMED) if flags.resume else (OWN, KEPT)
         kept = [f"--{n}={recorded[n]}" for n in WHOSE if WHOSE[n] in kinds and recorded.get(n) is not None]
@@ -224,7 +211,7 @@ def check_together(flags):
         (epochs < done, f"--num_epochs {epochs}: the run in {folder} has {done} already; take no fewer"),
         (flags.PMLR and not plane, f"--PMLR draws a plane, and --dim_z is {flags.dim_z}: leave one out"),
         (flags.animate and not plane, "--animate shows the manifold: it needs --PMLR and --dim_z 2"),
-        (flags.animate and epochs > MAX_FRAMES, f"--animate: take --num_epochs {MAX_FRAMES} or fewer"),
+        (flags.animate and epochs > 100, "--animate: take --num_epochs 100 or fewer"),
         (flags.noise_level != 0.5 and not flags.add_noise, "--noise_level does nothing without --add_noise"),
         (folder and folder.is_file(), f"--results_path {folder} is a file: name a folder"),
         (flags.data_dir.is_file(), f"--data_dir {flags.data_dir} is a file: name a folder"),
@@ -236,8 +223,9 @@ def check_together(flags):
             raise UserError(message)
 
 
-def check_data(data, flags):
-    """Raises UserError if the data are not those of the run that goes on, or too few for the flags."""
+def load_data(flags):
+    """Returns the data; UserError if they are not those of the run that goes on, or too few for the flags."""
+    data = mnist_data.load_mnist(flags.data_dir)
     run, where = flags.load or (flags.resume and flags.results_path), f"--data_dir {flags.data_dir}"
     if run and read_json(run / "config.json").get("data_sha256") != data.sha256:
         raise UserError(f"{where} holds other data than the run in {run} began with")
@@ -245,6 +233,7 @@ def check_data(data, flags):
     n_train, n_test = len(data.train_images), len(data.test_images)
     if flags.batch_size > n_train or n_shown > n_test:
         raise UserError(f"{where} has {n_train:,} and {n_test:,} digits: lower --batch_size or the pictures'")
+    return data
 
 
 def is_chief(flags):
@@ -254,13 +243,10 @@ def is_chief(flags):
     with contextlib.suppress(LookupError, ValueError, TypeError, AttributeError, RecursionError):
         config = json.loads(os.environ["TF_CONFIG"])
         jobs, job, index = config["cluster"], config["task"]["type"], config["task"]["index"]
-        if all(jobs.values()) and jobs[job][index]:
+        if index >= 0 and jobs[job][index] and all(type(hosts) is list and hosts for hosts in jobs.values()):
             return index == 0 and job == ("chief" if "chief" in jobs else "worker")
     example = '{"cluster": {"worker": ["HOST:PORT", ...]}, "task": {"type": "worker", "index": 0}}'
     raise UserError(f"--distribute multi_worker needs TF_CONFIG in the environment, like {example}")
-
-
-# --- the run's folder, its checkpoints, its devices ---------------------------------------------------
 
 
 def begin_run(flags, data):
@@ -282,8 +268,10 @@ def begin_run(flags, data):
         own = vars(flags) | {"resume": False, "overwrite": False}
         modules = map(importlib.import_module, ("tensorflow", "keras", "numpy", "scipy", "matplotlib"))
         versions = {"python": sys.version} | {module.__name__: module.__version__ for module in modules}
-        config = {"flags": own, "versions": versions, "data_sha256": data.sha256}
+        sha256 = data.sha256 if data else read_json(flags.load / "config.json")["data_sha256"]
+        config = {"flags": own, "versions": versions, "data_sha256": sha256}
         write_whole(folder / "config.json", json.dumps(config, indent=2, default=str) + "\n")
+    flags.results_path = folder
     return folder
 
 
@@ -310,8 +298,8 @@ def probe(network):
     """Returns three numbers that identify what a network computes: ELBO terms and an importance weight."""
     with tf.device("CPU"):  # a GPU rounds differently
         x = tf.convert_to_tensor(network.mean_image)[None, ::-1]  # turned: centring makes 0 of it as it is
-        terms = network.elbo_terms(x, x, seed=[0, 0])
-        return np.concatenate([*terms, network.log_weights(x, x, 1, seed=[0, 0])[0]])
+        log_weights = network.log_weights(x, x, 1, seed=[0, 0])
+        return np.concatenate([*network.elbo_terms(x, x, seed=[0, 0]), *log_weights])
 
 
 def save_checkpoint(state, folder):
@@ -319,7 +307,8 @@ def save_checkpoint(state, folder):
     epoch, variables = len(state.history), [*state.network.weights, *state.optimizer.variables]
     arrays = {"history": json.dumps(state.history), "frames": state.frames, "probe": probe(state.network)}
     arrays |= {f"variable_{i}": variable.numpy() for i, variable in enumerate(variables)}
-    write_arrays(folder / "checkpoint" / f"epoch-{epoch}.npz", **arrays)
+    with whole_file(folder / "checkpoint" / f"epoch-{epoch}.npz") as part:
+        np.savez(part, **arrays)
     for old, file in checkpoints(folder).items():
         if old < epoch - 1:
             file.unlink()
@@ -342,9 +331,10 @@ def load_checkpoint(state, folder):
         if damage or (folder / "log.csv").exists():
             raise UserError(f"{'; '.join(damage) or f'{folder} lacks its checkpoints'}: train anew elsewhere")
         return
-    variables = [*state.network.weights, *state.optimizer.variables]
+    variables = [*state.network.weights, *(state.optimizer.variables if state.optimizer else ())]
+    values = values if state.optimizer else values[: len(variables)]
     if [value.shape for value in values] != [tuple(variable.shape) for variable in variables]:
-        raise UserError(f"{file} has weights of other shapes: undo what was changed, or train anew")
+        raise UserError(f"{file} has weights of other shapes: undo what was changed in vae.py or config.json")
     for variable, value in zip(variables, values, strict=True):
         variable.assign(value)
     found = probe(state.network)
@@ -377,17 +367,14 @@ def load_tensorflow(flags):
 
 
 def join_workers():
-    """Returns the strategy over the machines of TF_CONFIG; ends the program if one does not come in time."""
-    say(f"waiting for the other workers, {JOIN_SECONDS / 60:g} minutes at most")
-    # TensorFlow waits without an end and lets no Python run meanwhile: faulthandler does not need it to.
-    faulthandler.dump_traceback_later(JOIN_SECONDS, exit=True, file=os.open(os.devnull, os.O_WRONLY))
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    """Returns the strategy over the machines of TF_CONFIG, once all of them are there."""
+    say("waiting for the other workers: Ctrl-C ends that")
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # TensorFlow lets no Python run while it waits
     try:
         return tf.distribute.MultiWorkerMirroredStrategy()
     except Exception as error:  # there is no one kind
         raise UserError(f"TF_CONFIG cannot be used: {reason(error)}") from error
     finally:
-        faulthandler.cancel_dump_traceback_later()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which TensorFlow has taken, and would not end for
 
 
@@ -396,15 +383,18 @@ def make_strategy(flags):
     """Yields the tf.distribute strategy to train with; a worker that is gone is a UserError within."""
     kinds = {"none": tf.distribute.get_strategy, "mirrored": tf.distribute.MirroredStrategy}
     strategy = kinds.get(flags.distribute, join_workers)()
-    n = strategy.num_replicas_in_sync
+    n, errors = strategy.num_replicas_in_sync, tf.errors
     if flags.batch_size % n:
         raise UserError(f"--batch_size {flags.batch_size} cannot be split over {n} replicas: take a multiple")
-    names = ("UnavailableError", "DeadlineExceededError", "AbortedError", "CancelledError")
     try:
         yield strategy
         check_agreement(strategy, "ends", "")  # wait for each other: who ends earlier counts as dead
-    except tf.errors.OpError as error:
-        if flags.distribute != "multi_worker" or type(error).__name__ not in names:
+    except (OSError, MemoryError, errors.ResourceExhaustedError) as error:
+        text = reason(error) if hasattr(error, "errno") else "out of memory: lower --n_hidden or --batch_size"
+        goes_on = flags.results_path and checkpoints(flags.results_path)
+        raise UserError(text + ("; --resume goes on" if goes_on else "")) from error
+    except errors.OpError as error:
+        if flags.distribute != "multi_worker":
             raise
         raise UserError("another worker is gone: start all again, with --resume after an epoch") from error
 
@@ -416,9 +406,6 @@ def check_agreement(strategy, what, content):
         checksums = tf.function(lambda: strategy.gather(strategy.run(checksum), axis=0), autograph=False)()
         if len(set(checksums.numpy())) > 1:
             raise UserError(f"--distribute multi_worker: the workers have different {what}")
-
-
-# --- digits, network, training, results ---------------------------------------------------------------
 
 
 def prepare(images, flags, seed):
@@ -440,8 +427,9 @@ def make_digits(data, flags):
 
 def build(digits, flags):
     """Returns all that training changes: network, optimizer, rows of log.csv, frames of the animation."""
-    network = vae.VAE(flags.dim_z, flags.n_hidden, digits.train_images.mean(axis=0) / 255, flags.seed)
-    optimizer = make_optimizer(network, digits, flags)
+    mean_image = digits.train_images.mean(axis=0) / 255 if digits else 0.5
+    network = vae.VAE(flags.dim_z, flags.n_hidden, mean_image, flags.seed)
+    optimizer = None if flags.load else make_optimizer(network, digits, flags)
     return argparse.Namespace(network=network, optimizer=optimizer, history=[], frames=[])
 
 
@@ -498,10 +486,15 @@ def compile_training(strategy, state, digits, flags):
     return train_epoch
 
 
+def in_batches(size, *arrays):
+    """Yields the rows of arrays of the same length, `size` or fewer at a time."""
+    return zip(*(np.array_split(array, math.ceil(len(array) / size)) for array in arrays), strict=True)
+
+
 def evaluate(network, x, x_corrupted, flags):
     """Returns reconstruction error and KL divergence of targets and inputs (n, 784), without dropout."""
     seed, batches = partial(tf.random.fold_in, [flags.seed, EVALUATION]), in_batches(1_000, x, x_corrupted)
-    terms = [network.elbo_terms(*images, seed=seed(i)) for i, *images in batches]
+    terms = [network.elbo_terms(*images, seed=seed(i)) for i, images in enumerate(batches)]
     return np.concatenate(terms, axis=1).mean(axis=1)
 
 
@@ -514,7 +507,13 @@ def elbo(part, terms):
 
 def train(strategy, state, digits, flags, folder):
     """Trains until all epochs are done; after each, the chief writes checkpoint and log into the folder."""
-    train_epoch, drawn = compile_training(strategy, state, digits, flags), time.perf_counter()
+    train_epoch = compile_training(strategy, state, digits, flags)
+    n_weights = sum(math.prod(variable.shape) for variable in state.network.trainable_variables)
+    gpus = tf.config.list_logical_devices("GPU")
+    device = f"{len(gpus)} GPUs" if gpus else f"CPU, {os.cpu_count()} threads"
+    if not gpus and Path("/dev/nvidia0").exists():
+        device += ' (for the GPU: pip install "tensorflow[and-cuda]")'
+    say(f"{device}; {n_weights:,} weights; {flags.num_epochs} epochs of {flags.optimizer}")
     for epoch in range(len(state.history) + 1, flags.num_epochs + 1):
         start, learn_rate = time.perf_counter(), float(state.optimizer.learning_rate)
         row = {"epoch": epoch, **elbo("train", train_epoch(epoch))}
@@ -529,21 +528,18 @@ def train(strategy, state, digits, flags, folder):
                 frame = plot_utils.frame(state, digits, flags)
                 state.frames = [*(old for old in state.frames if old.shape == frame.shape), frame]
             save_checkpoint(state, folder)
-            if time.perf_counter() - drawn > SECONDS_BETWEEN_PICTURES:
-                draw_pictures(state, digits, flags, folder)
-                drawn = time.perf_counter()
         text = "{train_elbo:.2f} = -({train_reconstruction:.2f} + {train_kl:.2f})  valid {valid_elbo:.2f}"
         left = round(seconds * (flags.num_epochs - epoch))
         say(f"epoch {epoch}/{flags.num_epochs}  train {text.format(**row)}  {seconds:.1f} s, {left} s left")
 
 
-def draw_pictures(state, digits, flags, folder):
-    """Calls the plot function, and removes pictures of an earlier state that the flags do not ask for."""
-    pictures = plot_utils.draw(state, digits, flags)
-    for name in plot_utils.PICTURES.keys() - pictures.keys():
-        (folder / name).unlink(missing_ok=True)
-    for name, content in pictures.items():
-        write_whole(folder / name, content)
+def log_px(network, x, x_corrupted, flags):
+    """Returns log p(x), (n,), in nats, of targets and inputs (n, 784), with --n_importance samples each."""
+    n, seed = flags.n_importance, partial(tf.random.fold_in, [flags.seed, EVALUATION])
+    say(f"estimating log p(x) of {len(x):,} digits with {n:,} importance samples each")
+    estimate = tf.function(partial(network.log_marginal_likelihood, n_importance=n), jit_compile=True)
+    batches = in_batches(20, x, x_corrupted)
+    return np.concatenate([estimate(*images, seed=seed(i)) for i, images in enumerate(batches)])
 
 
 def measure(network, x, x_corrupted, flags):
@@ -553,83 +549,90 @@ def measure(network, x, x_corrupted, flags):
         for name, images in ("noisy", x_corrupted), ("restored", network.reconstruct(x_corrupted)):
             metrics[f"psnr_{name}"] = -10 * math.log10(np.mean((images - x) ** 2))
     if flags.n_importance:
-
-        @tf.function(jit_compile=True)
-        def log_px(x, x_corrupted, i):
-            seed = tf.random.fold_in(tf.stack([flags.seed, EVALUATION]), i)
-            return network.log_marginal_likelihood(x, x_corrupted, flags.n_importance, seed=seed)
-
-        say(f"estimating log p(x) with {flags.n_importance:,} importance samples per test digit")
-        log_pxs = [log_px(*images, tf.constant(i)) for i, *images in in_batches(20, x, x_corrupted)]
-        metrics["test_log_px"] = float(np.mean(np.concatenate(log_pxs), dtype=np.float64))
-        n_active = int(vae.active_units(network.encode(x_corrupted)))
-        metrics |= {"n_importance": flags.n_importance, "active_units": n_active}
+        metrics["test_log_px"] = float(np.mean(log_px(network, x, x_corrupted, flags), dtype=np.float64))
+        active_units = vae.active_units(network.encode(x_corrupted))
+        metrics |= {"n_importance": flags.n_importance, "active_units": int(active_units)}
     return metrics
 
 
-def generate(network, flags):
-    """Returns new images (n, 28, 28) uint8 and their z (n, dim_z), draws from the prior."""
+def generate(network, flags, folder):
+    """Writes new images (n, 28, 28) uint8 and their z (n, dim_z), draws from the prior."""
     images = np.empty((flags.n_generate, 784), np.uint8)
     z = np.empty((flags.n_generate, flags.dim_z), np.float32)
-    for i, images_i, z_i in in_batches(10_000, images, z):
+    for i, (images_i, z_i) in enumerate(in_batches(10_000, images, z)):
         seed = tf.random.fold_in([flags.seed, GENERATION], i)
         z_i[:] = network.prior.sample(len(z_i), flags.dim_z, seed)
         draw = partial(network.likelihood.sample, seed=tf.random.fold_in(seed, 1))
         x = (draw if flags.binarize else network.likelihood.mean)(network.decoder(z_i))
         images_i[:] = plot_utils.grey_levels(x)
-    return {"images": images.reshape(-1, 28, 28), "z": z}
+    with whole_file(folder / "generated.npz") as part:
+        np.savez(part, images=images.reshape(-1, 28, 28), z=z)
 
 
-def write_results(state, digits, own_images, flags, folder):
-    """Writes the pictures, the numbers, the network and whatever else the flags ask for."""
-    network = state.network
+def reconstruct(network, x, flags, folder):
+    """Writes what the network makes of one's own digits x: (n, 784): pictures, latent means, ELBO."""
+    z = network.encode(x)
+    images = network.decode(z).numpy()
+    found = {"images": plot_utils.grey_levels(images).reshape(-1, 28, 28), "z": z}
+    found["elbo"] = -sum(network.elbo_terms(x, x, seed=[flags.seed, EVALUATION]))
+    if flags.n_importance:
+        found["log_px"] = log_px(network, x, x, flags)
+    with whole_file(folder / "reconstructed.npz") as part:
+        np.savez(part, **found)
+    write_whole(folder / "reconstructed.png", plot_utils.pairs(x, images, flags.PRR_resize_factor))
+
+
+def write_results(state, digits, flags, folder):
+    """Writes the network, what it makes of the test digits, and how it was trained."""
     write_log(folder, state.history)
-    draw_pictures(state, digits, flags, folder)
-    metrics = measure(network, *digits.test, flags)
+    pictures = plot_utils.draw(state, digits, flags)
+    for name in plot_utils.PICTURES.keys() - pictures.keys():  # of an earlier state
+        (folder / name).unlink(missing_ok=True)
+    for name, content in pictures.items():
+        write_whole(folder / name, content)
+    metrics = measure(state.network, *digits.test, flags)
     say("\n".join(f"{name:20}{value:12,.5g}" for name, value in metrics.items()))
     old = read_json(folder / "metrics.json")  # of the same network, or else of another epoch
     metrics = (old if old.get("test_elbo") == metrics["test_elbo"] else {}) | metrics
     write_whole(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-    mean, log_var = network.encoder(digits.test[1])
-    write_arrays(folder / "latent.npz", mean=mean, log_var=log_var, label=digits.test_labels)
+    mean, log_var = state.network.encoder(digits.test[1])
+    with whole_file(folder / "latent.npz") as part:
+        np.savez(part, mean=mean, log_var=log_var, label=digits.test_labels)
     if not flags.load:
         with whole_file(folder / "vae.keras") as part:
-            network.save(part)
-    if flags.n_generate:
-        write_arrays(folder / "generated.npz", **generate(network, flags))
-    if flags.reconstruct:
-        z = network.encode(own_images)
-        images = network.decode(z).numpy()
-        elbos = -sum(network.elbo_terms(own_images, own_images, seed=[flags.seed, EVALUATION]))
-        levels = plot_utils.grey_levels(images).reshape(-1, 28, 28)
-        write_arrays(folder / "reconstructed.npz", images=levels, z=z, elbo=elbos)
-        pairs = plot_utils.pairs(own_images, images, flags.PRR_resize_factor)
-        write_whole(folder / "reconstructed.png", pairs)
-    say(f"all results are in {folder}")
+            state.network.save(part)
 
 
 def run(flags):
     """Does what the flags ask for: digits, network, training, numbers and pictures."""
     own_images = mnist_data.read_digits(flags.reconstruct, 0) if flags.reconstruct else None
-    data = mnist_data.load_mnist(flags.data_dir)
-    check_data(data, flags)
-    if flags.reconstruct and np.median(data.train_images[:, :28]) > 127:  # data that are black on white
-        own_images = mnist_data.read_digits(flags.reconstruct, 1)
+    # New images and one's own digits are all that is wanted of a trained network: that needs no data.
+    more = flags.load and (flags.reconstruct or (flags.n_generate and not flags.n_importance))
+    data = None if more else load_data(flags)
     say("loading TensorFlow")
     load_tensorflow(flags)
     with make_strategy(flags) as strategy:
-        digits = make_digits(data, flags)
+        digits = make_digits(data, flags) if data else None
         with strategy.scope():
             state = build(digits, flags)
         if flags.load or flags.resume:
             load_checkpoint(state, flags.load or flags.results_path)
+        if flags.reconstruct and np.median(state.network.mean_image[:28]) > 0.5:  # data of black on white
+            own_images = mnist_data.read_digits(flags.reconstruct, 1)
         own = [value for name, value in vars(flags).items() if WHOSE[name] == OWN or name == "resume"]
         check_agreement(strategy, "flags or checkpoints", f"{own} {state.history}")
         folder = begin_run(flags, data) if is_chief(flags) else None
         if not flags.load:
             train(strategy, state, digits, flags, folder)
-        if folder:
-            write_results(state, digits, own_images, flags, folder)
+        if not folder:
+            return
+        if data:
+            write_results(state, digits, flags, folder)
+        if flags.n_generate:
+            generate(state.network, flags, folder)
+        if flags.reconstruct:
+            reconstruct(state.network, own_images, flags, folder)
+        say(f"all results are in {folder}")
 
 
 def main(arguments=None):
@@ -643,10 +646,8 @@ def main(arguments=None):
         flags = parse_flags(arguments)
         with contextlib.redirect_stdout(sys.stdout if is_chief(flags) else io.StringIO()):
             run(flags)
-    except SystemExit as end:  # of --help
-        return end.code
     except KeyboardInterrupt:
-        say("interrupted")
+        say("interrupted: --resume goes on after the newest finished epoch")
         return 130
     except (UserError, OSError, MemoryError, ImportError) as error:
         print(f"run_main.py: error: {reason(error)}", file=sys.stderr)

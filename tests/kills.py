@@ -153,7 +153,7 @@ def damaged(path, n_flips, rng):
 
 def make_load(folder):
     """Returns a function that loads a run's state: it returns all values in it, and what it said."""
-    flags = run_main.parse_flags([f"--load={folder}"])
+    flags = run_main.parse_flags(["--resume", f"--results_path={folder}"])
     digits = run_main.make_digits(mnist_data.load_mnist(flags.data_dir), flags)
     state = run_main.build(digits, flags)
     variables = [*state.network.weights, *state.optimizer.variables]

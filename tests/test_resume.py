@@ -1,6 +1,7 @@
 """Nothing is lost: killed runs go on to the same bits, and what is on disk is safe from faults and flags."""
 
 import contextlib
+import errno
 import json
 import math
 import random
@@ -315,11 +316,29 @@ def test_ctrl_c_ends_the_run_which_goes_on_to_the_same_bits(run, trained, tmp_pa
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     assert run(*FLAGS, f"--results_path={tmp_path / 'run'}") == 130
     signal.signal(signal.SIGINT, before)
-    assert capsys.readouterr().out.splitlines()[-1] == "interrupted"
+    assert capsys.readouterr().out.splitlines()[-1].startswith("interrupted")
     assert len(read_log(tmp_path / "run")) == 2
     monkeypatch.undo()
     assert run("--resume", f"--results_path={tmp_path / 'run'}") == 0
     assert differences(what_is_left(tmp_path / "run"), what_is_left(trained)) == []
+
+
+@pytest.mark.parametrize("full", ["disk", "memory"])
+def test_an_error_after_an_epoch_says_how_to_go_on(run, tmp_path, monkeypatch, capsys, full):
+    save_checkpoint = run_main.save_checkpoint
+
+    def fails(state, folder):
+        if len(state.history) == 2:
+            tf = run_main.tf
+            memory = tf.errors.ResourceExhaustedError(None, None, "{{function_node x}} OOM\n when allocating")
+            raise OSError(errno.ENOSPC, "No space left on device") if full == "disk" else memory
+        save_checkpoint(state, folder)
+
+    monkeypatch.setattr(run_main, "save_checkpoint", fails)
+    assert run(*FLAGS, f"--results_path={tmp_path / 'run'}") == 2
+    err = one_line(capsys.readouterr().err)
+    assert {"disk": "No space left", "memory": "out of memory: lower --n_hidden"}[full] in err
+    assert "--resume goes on" in err
 
 
 def test_ctrl_c_before_training_leaves_no_folder(monkeypatch, tmp_path):
