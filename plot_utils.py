@@ -61,7 +61,7 @@ class Scene:
         self.grid = flags.PRR_n_img_x, flags.PRR_n_img_y, flags.PRR_resize_factor
         x, self.inputs = digits.test
         self.x, self.x_corrupted, self.labels = x[:n], self.inputs[:n], digits.test_labels
-        self.mean = self.network.encode(self.inputs).numpy()
+        self.mean = np.concatenate([self.network.encode(part) for part in np.array_split(self.inputs, 10)])
 
     def decode(self, z):
         """Returns the images (..., 784) of latent vectors z: (..., dim_z)."""

@@ -41,6 +41,7 @@ MOMENTUM = 0.98  # Nesterov's
 # In the first epochs, gradient norms range from 1 (biases) to 50 (the encoder's output layer), so each is
 # clipped on its own: with all clipped by one common norm, the ELBO is -148.
 CLIP_NORM = 1.0
+ANNEALED = 0.5  # the share of the run during which dropout declines to nothing
 
 
 def clip(gradient):
@@ -420,8 +421,8 @@ def make_digits(data, flags):
     augment = flags.augment and not flags.load
     train_images = mnist_data.augment(data.train_images, flags.seed) if augment else data.train_images
     seed = partial(tf.random.fold_in, [flags.seed, EVALUATION])
-    valid = np.stack(prepare(data.valid_images, flags, seed(0)))
-    test = np.stack(prepare(data.test_images, flags, seed(1)))
+    valid = [np.asarray(images) for images in prepare(data.valid_images, flags, seed(0))]
+    test = [np.asarray(images) for images in prepare(data.test_images, flags, seed(1))]
     return argparse.Namespace(train_images=train_images, valid=valid, test=test, test_labels=data.test_labels)
 
 
@@ -442,10 +443,10 @@ def make_optimizer(network, digits, flags):
     return optimizer
 
 
-def sgd_step(elbo_terms, x, x_corrupted, seed, weights, optimizer, flags):
+def sgd_step(elbo_terms, x, x_corrupted, seed, keep_prob, weights, optimizer, flags):
     """A step of stochastic gradient descent on the negative ELBO of a mini-batch; returns its terms, (2,)."""
     with tf.GradientTape() as tape:
-        terms = elbo_terms(x, x_corrupted, seed=seed, keep_prob=flags.keep_prob)
+        terms = elbo_terms(x, x_corrupted, seed=seed, keep_prob=keep_prob)
         reconstruction, kl = (tf.reduce_sum(term) / flags.batch_size for term in terms)
         negative_elbo = reconstruction + kl
     gradients = tape.gradient(negative_elbo, weights)
@@ -459,6 +460,10 @@ def compile_training(strategy, state, digits, flags):
     network, optimizer, elbo_terms = state.network, state.optimizer, state.network.elbo_terms
     if flags.distribute != "none":  # XLA compiles no exchange between replicas, but the ELBO between two
         elbo_terms = tf.function(elbo_terms, jit_compile=True, autograph=False)
+    n_steps = len(images) // flags.batch_size  # an incomplete mini-batch is dropped
+    # Annealed dropout (Rennie, Goel and Thomas 2014): its noise helps at the start and hinders at the end.
+    until = max(1, int(ANNEALED * flags.num_epochs * n_steps))
+    drop_prob = tf.keras.optimizers.schedules.PolynomialDecay(1 - flags.keep_prob, until, 0.0)
 
     def replica_step(batch, epoch, step):
         """A replica's part of a step: its share of the mini-batch, and random numbers of its own."""
@@ -466,7 +471,9 @@ def compile_training(strategy, state, digits, flags):
         share = flags.batch_size // n_replicas
         seed = tf.random.fold_in(tf.stack([flags.seed, epoch]), step * n_replicas + replica)
         x, x_corrupted = prepare(tf.gather(images, tf.slice(batch, [replica * share], [share])), flags, seed)
-        return sgd_step(elbo_terms, x, x_corrupted, seed, network.trainable_variables, optimizer, flags)
+        keep_prob = 1 - drop_prob(optimizer.iterations) if flags.keep_prob < 1 else 1
+        weights = network.trainable_variables
+        return sgd_step(elbo_terms, x, x_corrupted, seed, keep_prob, weights, optimizer, flags)
 
     @tf.function(jit_compile=flags.distribute == "none")
     def train_steps(batches, epoch):
@@ -478,7 +485,6 @@ def compile_training(strategy, state, digits, flags):
 
     def train_epoch(epoch):
         """Goes through the training images once, with dropout; returns the means of elbo_terms, (2,)."""
-        n_steps = len(images) // flags.batch_size  # an incomplete mini-batch is dropped
         order = tf.random.experimental.stateless_shuffle(tf.range(len(images)), [flags.seed, epoch])
         batches = tf.reshape(order[: n_steps * flags.batch_size], (n_steps, flags.batch_size))
         return train_steps(batches, tf.constant(epoch)).numpy()
@@ -552,6 +558,9 @@ def measure(network, x, x_corrupted, flags):
         metrics["test_log_px"] = float(np.mean(log_px(network, x, x_corrupted, flags), dtype=np.float64))
         active_units = vae.active_units(network.encode(x_corrupted))
         metrics |= {"n_importance": flags.n_importance, "active_units": int(active_units)}
+        if flags.dim_z == 2 and hasattr(network.likelihood, "log_prob_table"):
+            log_pxs = network.log_marginal_likelihood_grid(x, x_corrupted)
+            metrics["test_log_px_grid"] = float(np.mean(log_pxs, dtype=np.float64))
     return metrics
 
 
@@ -595,7 +604,8 @@ def write_results(state, digits, flags, folder):
     old = read_json(folder / "metrics.json")  # of the same network, or else of another epoch
     metrics = (old if old.get("test_elbo") == metrics["test_elbo"] else {}) | metrics
     write_whole(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-    mean, log_var = state.network.encoder(digits.test[1])
+    latent = [state.network.encoder(images) for (images,) in in_batches(1_000, digits.test[1])]
+    mean, log_var = np.concatenate(latent, axis=1)
     with whole_file(folder / "latent.npz") as part:
         np.savez(part, mean=mean, log_var=log_var, label=digits.test_labels)
     if not flags.load:

@@ -292,6 +292,7 @@ def train_one_epoch(elbo_terms, train_images, epoch, flags):
     network = SimpleNamespace(elbo_terms=terms, trainable_variables=[weight])
     digits = SimpleNamespace(train_images=train_images)
     state = SimpleNamespace(network=network, optimizer=run_main.make_optimizer(network, digits, flags))
+    state.optimizer.iterations.assign((epoch - 1) * (len(train_images) // flags.batch_size))
     return run_main.compile_training(tf.distribute.get_strategy(), state, digits, flags)(epoch)
 
 
@@ -325,8 +326,10 @@ def test_training_and_evaluation_give_the_network_what_they_should(few_digits, n
     def elbo_terms(x, x_corrupted, keep_prob):
         return tf.reduce_mean(x, axis=1), tf.reduce_mean(x_corrupted, axis=1) + 1_000 * keep_prob
 
-    terms = train_one_epoch(elbo_terms, images, 1, flags)
-    assert terms == pytest.approx([clean, 800 + corrupted], abs=0.01)
+    # Annealed dropout: 0.2 at the start, 0 at half of the 20 epochs of 4 steps, and then.
+    for epoch, dropped in ((1, 0.2 * (1 - 1.5 / 40)), (10, 0.2 * 2.5 / 40), (11, 0), (20, 0)):
+        terms = train_one_epoch(elbo_terms, images, epoch, flags)
+        assert terms == pytest.approx([clean, 1_000 * (1 - dropped) + corrupted], abs=0.01)
     network = SimpleNamespace(elbo_terms=lambda x, y, *, seed, keep_prob=1: elbo_terms(x, y, keep_prob))
     terms = run_main.evaluate(network, images[:, ::-1] / np.float32(255), np.zeros((2_000, 784)), flags)
     assert terms == pytest.approx([clean, 1_000], abs=0.01)
@@ -483,7 +486,12 @@ def test_load_changes_nothing_in_a_runs_folder_but_adds_metrics(run, trained):
     assert changed == {"metrics.json"}
     metrics, old = (json.loads(content[run_main.Path("metrics.json")]) for content in (after, before))
     assert metrics.items() >= old.items()
-    assert set(metrics) - set(old) == {"test_log_px", "n_importance", "active_units"}
+    assert set(metrics) - set(old) == {
+        "test_log_px",
+        "test_log_px_grid",
+        "n_importance",
+        "active_units",
+    }
     assert metrics["n_importance"] == 2
     assert 0 <= metrics["active_units"] <= 2
     (trained / "metrics.json").write_bytes(before[run_main.Path("metrics.json")])
