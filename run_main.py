@@ -63,7 +63,7 @@ def clipped_sgd(learning_rate):
 
 
 OPTIMIZERS = {  # name: (function from a learning rate to a Keras optimizer, learning rate at the start)
-    "sgd": (clipped_sgd, 0.02),
+    "sgd": (clipped_sgd, 0.03),
     "adam": (lambda rate: tf.keras.optimizers.Adam(learning_rate=rate), 0.002),  # loads TensorFlow when used
 }
 
@@ -98,11 +98,11 @@ FLAGS = {  # group: (name, argparse type or choices, default, whose, help)
     "model": (
         ("dim_z", whole(1, 10_000), 2, OWN, "length of a latent vector"),
         ("n_hidden", whole(1, 100_000), 500, OWN, "units per hidden layer"),
-        ("keep_prob", real(0.001, 1), 0.9, OWN, "dropout keep probability; 1 is no dropout"),
+        ("keep_prob", real(0.001, 1), 0.9, OWN, "dropout keep probability at the start; 1 is no dropout"),
     ),
     "training": (
         ("optimizer", tuple(OPTIMIZERS), "sgd", OWN, "SGD with momentum and clipped gradients, or Adam"),
-        ("learn_rate", real(1e-12, 1e6), None, OWN, "at the start (default: 0.02 for sgd, 0.002 for adam)"),
+        ("learn_rate", real(1e-12, 1e6), None, OWN, "at the start (default: 0.03 for sgd, 0.002 for adam)"),
         ("num_epochs", whole(1), 20, OWN, "passes through the training digits; --resume may change it"),
         ("batch_size", whole(1, mnist_data.N_TRAIN), 128, OWN, "mini-batch size"),
         ("seed", whole(0), 0, OWN, "all random numbers are functions of it"),

@@ -167,7 +167,7 @@ def test_the_three_commands_of_the_example():
 
 
 def test_the_learning_rate_is_the_optimizers_own():
-    for optimizer, rate in (("sgd", 0.02), ("adam", 0.002)):
+    for optimizer, rate in (("sgd", 0.03), ("adam", 0.002)):
         assert run_main.parse_flags(["--optimizer", optimizer]).learn_rate == rate
         assert run_main.parse_flags(["--optimizer", optimizer, "--learn_rate", "0.5"]).learn_rate == 0.5
 
