@@ -45,7 +45,7 @@ class UserError(Exception):
 
 
 def load_mnist(data_dir):
-    """Returns a folder's data: train_, valid_ and test_images, (n, 784) uint8, test_labels, (n,), and sha256.
+    """Returns a folder's train_, valid_, test_images, (n, 784) uint8, train_, test_labels, (n,), and sha256.
 
     The first twelfth of the training file is for validation. MNIST is downloaded into a folder that has none
     of the files, or some of MNIST's and no other. Raises UserError where that fails or a file is not right.
@@ -71,7 +71,7 @@ def load_mnist(data_dir):
     n, title = len(train_images) // 12, "other data than MNIST" if others else "MNIST"
     print(f"{title}: {len(train_images):,} and, for tests, {len(test_images):,} digits", flush=True)
     images = {"train_images": train_images[n:], "valid_images": train_images[:n], "test_images": test_images}
-    return SimpleNamespace(**images, test_labels=test_labels, sha256=sums)
+    return SimpleNamespace(**images, train_labels=train_labels[n:], test_labels=test_labels, sha256=sums)
 
 
 def find(folder, name):

@@ -18,6 +18,7 @@ from scipy.special import ndtr, ndtri
 DPI = 100
 GAP = 6  # pixels between groups of digits
 N_INTERPOLATIONS, INTERPOLATION_STEPS = 10, 10
+N_POSTERIORS, POSTERIOR_REACH, POSTERIOR_STEPS = 6, 6, 61  # digits; deviations to each side; points across
 
 # An animation's frame of 20 by 20 digits takes some 35 kB as a GIF: with all grey levels it would be 80 kB.
 FRAME_SIZE, FRAME_LEVELS = 400, 16  # pixels, the longer side; shades of grey
@@ -40,6 +41,12 @@ PICTURES = {  # file name: (whether the flags f ask for it, how it is drawn from
     "latent_map.png": (lambda f: f.PMLR is not False and f.dim_z > 1, lambda s: latent_map(*s.points)),
     "samples.png": (lambda f: True, lambda s: image_grid(s.samples, *s.grid)),
     "interpolation.png": (lambda f: True, lambda s: interpolation(*s.lines)),
+    "posterior.png": (lambda f: f.PMLR and f.model != "ladder", lambda s: posterior(*s.posteriors)),
+    "simplex.png": (lambda f: f.PMLR and f.model == "stick_breaking", lambda s: simplex(*s.sticks)),
+    "layers.png": (
+        lambda f: f.PRR and f.model == "ladder",
+        lambda s: comparison([s.x, s.decode(s.mean[: len(s.x)]), s.restored], *s.grid),
+    ),
     "elbo.png": (lambda f: True, lambda s: elbo_curves(s.history, s.flags.keep_prob)),
 }
 
@@ -69,7 +76,7 @@ class Scene:
 
     @property
     def restored(self):
-        return self.decode(self.mean[: len(self.x)])
+        return self.network.reconstruct(self.x_corrupted).numpy()
 
     @property
     def samples(self):
@@ -99,6 +106,26 @@ class Scene:
             for name, share in zip(("first", "second"), shares, strict=True)
         ]
         return (centred @ components[:, :-3:-1])[:n], self.labels[:n], axes
+
+    @property
+    def posteriors(self):
+        """Digits, windows of the plane, log p(x, z) there, the encoder's means and deviations, particles."""
+        x, network = self.inputs[:N_POSTERIORS], self.network
+        mean, log_var = (array.numpy() for array in network.encoder(x))
+        std = np.exp(log_var / 2)
+        steps = np.linspace(-POSTERIOR_REACH, POSTERIOR_REACH, POSTERIOR_STEPS, dtype=np.float32)
+        windows = mean[:, None] + steps[:, None] * std.max(axis=1)[:, None, None]  # (n, steps, 2)
+        grids = [np.stack(np.meshgrid(*window.T), axis=-1).reshape(-1, 2) for window in windows]
+        log_joints = [network.log_joint(x[i : i + 1], grid)[0] for i, grid in enumerate(grids)]
+        draws = getattr(network, "particles", None)  # of a model whose q is no Gaussian
+        particles = draws(x, 100, seed=(self.flags.seed, 1)) if draws else None
+        return x, windows, log_joints, mean, std, particles
+
+    @property
+    def sticks(self):
+        """The three sticks that the test digits' latent means stand for, (n, 3), and the labels, (n,)."""
+        n = self.flags.PMLR_n_samples or 5_000
+        return self.network.sticks(self.mean[:n]).numpy(), self.labels[:n]
 
     @property
     def manifold(self):
@@ -205,6 +232,52 @@ def latent_map(z, labels, axes_labels=("$z_1$", "$z_2$")):
         axes.scatter(*z[labels == digit].T, s=5, color=f"#{colour}", label=str(digit), linewidths=0)
     axes.set_aspect("equal", "datalim")
     axes.set(xlabel=axes_labels[0], ylabel=axes_labels[1])
+    axes.legend(title="digit", markerscale=4, loc="center left", bbox_to_anchor=(1, 0.5))
+    return file_content(figure.savefig, format="png")
+
+
+def posterior(x, windows, log_joints, means, stds, particles=None):
+    """PNG of p(z|x) in the plane for some digits, exact up to its grid, and what the encoder makes of it.
+
+    x: (n, 784); windows: (n, steps, 2), the grid's z along both axes; log_joints: (steps^2,) each, row by
+    row. The ellipses are one and two deviations, (n, 2), from the encoder's mean, (n, 2).
+    """
+    figure = Figure((9, 6.2), dpi=DPI)
+    angles = np.linspace(0, 2 * np.pi, 100)
+    circle = np.stack([np.cos(angles), np.sin(angles)])
+    for i, axes in enumerate(figure.subplots(2, math.ceil(len(x) / 2)).flat):
+        n_steps, log_joint = len(windows[i]), np.asarray(log_joints[i])
+        density = np.exp(log_joint - log_joint.max()).reshape(n_steps, n_steps)
+        extent = windows[i][[0, -1]].T.ravel()
+        axes.imshow(density, origin="lower", extent=extent, aspect="auto", cmap="magma")
+        for deviations in (1, 2):
+            axes.plot(*(means[i][:, None] + deviations * stds[i][:, None] * circle), "c-", linewidth=1)
+        if particles is not None:
+            axes.plot(*np.asarray(particles)[:, i].T, "c.", markersize=3)
+        axes.set(xlim=extent[:2], ylim=extent[2:])
+        axes.tick_params(labelsize=7)
+        inset = axes.inset_axes((0.02, 0.72, 0.26, 0.26))
+        inset.imshow(x[i].reshape(28, 28), cmap="gray")
+        inset.set_axis_off()
+    figure.tight_layout()
+    return file_content(figure.savefig, format="png")
+
+
+def simplex(sticks, labels):
+    """PNG of sticks: (n, 3), which add up to 1, in the triangle of their shares, coloured by labels: (n,)."""
+    corners = np.array([[0, 0], [1, 0], [0.5, math.sqrt(0.75)]])
+    figure = Figure((8, 7), dpi=DPI)
+    axes = figure.add_axes((0.05, 0.05, 0.83, 0.9))
+    for digit, colour in enumerate(COLOURS):
+        points = sticks[labels == digit] @ corners
+        axes.scatter(*points.T, s=5, color=f"#{colour}", label=str(digit), linewidths=0)
+    axes.plot(*corners[[0, 1, 2, 0]].T, color="black", linewidth=0.8)
+    for name, corner, align in zip(
+        ("first", "second", "rest"), corners, ("top", "top", "bottom"), strict=True
+    ):
+        axes.text(*corner, f"{name} stick" if name != "rest" else "the rest", ha="center", va=align)
+    axes.set_aspect("equal")
+    axes.set_axis_off()
     axes.legend(title="digit", markerscale=4, loc="center left", bbox_to_anchor=(1, 0.5))
     return file_content(figure.savefig, format="png")
 

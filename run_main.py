@@ -68,6 +68,17 @@ OPTIMIZERS = {  # name: (function from a learning rate to a Keras optimizer, lea
 }
 
 
+MODELS = {  # --model: the class in vae.py, the flags that only some models have, and their defaults
+    "vae": ("VAE", {}),
+    "iwae": ("IWAE", {"n_samples": 5}),
+    "least_squares": ("LeastSquares", {}),
+    "stick_breaking": ("StickBreaking", {}),
+    "ladder": ("Ladder", {"dim_z_lower": 64}),
+    "stein": ("Stein", {"n_samples": 20}),
+    "labels": ("Labels", {"n_labels": None}),
+}
+
+
 def number(kind, low, high=2**31 - 1):
     """Returns an argparse type: an int or a float from low to high."""
 
@@ -96,11 +107,17 @@ OWN, KEPT, RESUMED, COMMAND = "own", "kept", "resumed", "command"
 
 FLAGS = {  # group: (name, argparse type or choices, default, whose, help)
     "model": (
+        ("model", tuple(MODELS), "vae", OWN, f"the lecture's vae, or a paper's: {', '.join(MODELS)}"),
         ("dim_z", whole(1, 10_000), 2, OWN, "length of a latent vector"),
         ("n_hidden", whole(1, 100_000), 500, OWN, "units per hidden layer"),
         ("keep_prob", real(0.001, 1), 0.9, OWN, "dropout keep probability at the start; 1 is no dropout"),
     ),
     "training": (
+        ("kl_weight", real(0, 1_000), 1.0, OWN, "of the KL divergence, in training"),
+        ("warm_up", whole(0), 0, OWN, "epochs over which that weight rises from 0"),
+        ("n_samples", whole(1, 1_000), None, OWN, "of z to train with (default: iwae 5, stein 20, others 1)"),
+        ("dim_z_lower", whole(1, 10_000), None, OWN, "length of the ladder's lower z (default: 64)"),
+        ("n_labels", whole(1), None, OWN, "digits of each class whose label is told (default: all)"),
         ("optimizer", tuple(OPTIMIZERS), "sgd", OWN, "SGD with momentum and clipped gradients, or Adam"),
         ("learn_rate", real(1e-12, 1e6), None, OWN, "at the start (default: 0.03 for sgd, 0.002 for adam)"),
         ("num_epochs", whole(1), 20, OWN, "passes through the training digits; --resume may change it"),
@@ -157,7 +174,7 @@ def make_parser():
     for title, rows in FLAGS.items():
         group = parser.add_argument_group(title)
         for name, kind, default, _, text in rows:
-            more = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
+            more = {"choices": kind, "metavar": name.upper()} if isinstance(kind, tuple) else {"type": kind}
             more |= {"nargs": "+", "metavar": "FILE"} if name == "reconstruct" else {}
             if kind is switch:
                 more |= {"type": lambda text: {"true": True, "false": False}.get(text.lower(), text)}
@@ -190,6 +207,8 @@ def parse_flags(arguments=None):
             if given != value and name not in free and (WHOSE[name] == OWN or (name == "animate" and given)):
                 raise UserError(f"--{name} is {given}, and the run in {run} has {value}: leave it out")
     flags.learn_rate = flags.learn_rate or OPTIMIZERS[flags.optimizer][1]
+    for name, default in MODELS[flags.model][1].items():
+        setattr(flags, name, default if getattr(flags, name) is None else getattr(flags, name))
     flags.PMLR = True if flags.PMLR is None and flags.dim_z == 2 else flags.PMLR
     check_together(flags)
     return flags
@@ -203,6 +222,8 @@ def check_together(flags):
     begun, goes_on = run and "log.csv" in files, flags.resume or folder == flags.load
     made = [name for name, flag in ONCE.items() if getattr(flags, flag) and goes_on and name in files]
     done = max(checkpoints(folder), default=0) if flags.resume and folder else 0
+    others = {name for _, own in MODELS.values() for name in own} - MODELS[flags.model][1].keys()
+    alien = [f"--{name}" for name in others if getattr(flags, name) not in (None, 1)]
     for wrong, message in (
         (flags.load and flags.resume, "--resume trains on and --load does not train: take one of them"),
         (flags.resume and flags.overwrite, "--resume goes on with a run, --overwrite removes it: take one"),
@@ -213,6 +234,8 @@ def check_together(flags):
         (flags.PMLR and not plane, f"--PMLR draws a plane, and --dim_z is {flags.dim_z}: leave one out"),
         (flags.animate and not plane, "--animate shows the manifold: it needs --PMLR and --dim_z 2"),
         (flags.animate and epochs > 100, "--animate: take --num_epochs 100 or fewer"),
+        (alien, f"--model {flags.model} has no {' and no '.join(alien)}: leave it out"),
+        (flags.binarize and flags.model == "least_squares", "--binarize: least_squares is for grey levels"),
         (flags.noise_level != 0.5 and not flags.add_noise, "--noise_level does nothing without --add_noise"),
         (folder and folder.is_file(), f"--results_path {folder} is a file: name a folder"),
         (flags.data_dir.is_file(), f"--data_dir {flags.data_dir} is a file: name a folder"),
@@ -369,8 +392,8 @@ def load_tensorflow(flags):
 
 def join_workers():
     """Returns the strategy over the machines of TF_CONFIG, once all of them are there."""
-    say("waiting for the other workers: Ctrl-C ends that")
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # TensorFlow lets no Python run while it waits
+    say("waiting for the other workers: Ctrl-C ends that")
     try:
         return tf.distribute.MultiWorkerMirroredStrategy()
     except Exception as error:  # there is no one kind
@@ -395,7 +418,8 @@ def make_strategy(flags):
         goes_on = flags.results_path and checkpoints(flags.results_path)
         raise UserError(text + ("; --resume goes on" if goes_on else "")) from error
     except errors.OpError as error:
-        if flags.distribute != "multi_worker":
+        gone = ("UnavailableError", "DeadlineExceededError", "AbortedError", "CancelledError")
+        if flags.distribute != "multi_worker" or type(error).__name__ not in gone:
             raise
         raise UserError("another worker is gone: start all again, with --resume after an epoch") from error
 
@@ -423,13 +447,22 @@ def make_digits(data, flags):
     seed = partial(tf.random.fold_in, [flags.seed, EVALUATION])
     valid = [np.asarray(images) for images in prepare(data.valid_images, flags, seed(0))]
     test = [np.asarray(images) for images in prepare(data.test_images, flags, seed(1))]
-    return argparse.Namespace(train_images=train_images, valid=valid, test=test, test_labels=data.test_labels)
+    labels = data.train_labels.astype(np.int32)
+    if flags.n_labels:  # of each class; the others' are not told: -1
+        order = np.random.default_rng(flags.seed).permutation(len(labels))
+        told = [order[labels[order] == label][: flags.n_labels] for label in range(10)]
+        labels = np.where(np.isin(np.arange(len(labels)), np.concatenate(told)), labels, -1)
+    train_labels = np.tile(labels, len(train_images) // len(labels))  # copies of a digit have its label
+    labels = {"train_labels": train_labels, "test_labels": data.test_labels}
+    return argparse.Namespace(train_images=train_images, valid=valid, test=test, **labels)
 
 
 def build(digits, flags):
     """Returns all that training changes: network, optimizer, rows of log.csv, frames of the animation."""
     mean_image = digits.train_images.mean(axis=0) / 255 if digits else 0.5
-    network = vae.VAE(flags.dim_z, flags.n_hidden, mean_image, flags.seed)
+    kind, own = MODELS[flags.model]
+    options = {name: getattr(flags, name) for name in own}
+    network = getattr(vae, kind)(flags.dim_z, flags.n_hidden, mean_image, flags.seed, **options)
     optimizer = None if flags.load else make_optimizer(network, digits, flags)
     return argparse.Namespace(network=network, optimizer=optimizer, history=[], frames=[])
 
@@ -443,12 +476,15 @@ def make_optimizer(network, digits, flags):
     return optimizer
 
 
-def sgd_step(elbo_terms, x, x_corrupted, seed, keep_prob, weights, optimizer, flags):
-    """A step of stochastic gradient descent on the negative ELBO of a mini-batch; returns its terms, (2,)."""
+def sgd_step(training_terms, images, weights, optimizer, flags, **options):
+    """A step of stochastic gradient descent on the negative ELBO of a mini-batch; returns its terms, (2,).
+
+    images: targets, encoder's inputs, labels. options: seed, keep_prob and kl_weight.
+    """
     with tf.GradientTape() as tape:
-        terms = elbo_terms(x, x_corrupted, seed=seed, keep_prob=keep_prob)
+        terms = training_terms(*images, **options)
         reconstruction, kl = (tf.reduce_sum(term) / flags.batch_size for term in terms)
-        negative_elbo = reconstruction + kl
+        negative_elbo = reconstruction + options["kl_weight"] * kl
     gradients = tape.gradient(negative_elbo, weights)
     optimizer.apply_gradients(zip(gradients, weights, strict=True))
     return tf.stack([reconstruction, kl])
@@ -456,24 +492,31 @@ def sgd_step(elbo_terms, x, x_corrupted, seed, keep_prob, weights, optimizer, fl
 
 def compile_training(strategy, state, digits, flags):
     """Returns the function that trains for an epoch: all of its steps are one compiled function."""
-    images, n_replicas = tf.constant(digits.train_images), strategy.num_replicas_in_sync
-    network, optimizer, elbo_terms = state.network, state.optimizer, state.network.elbo_terms
+    images, labels = tf.constant(digits.train_images), tf.constant(digits.train_labels)
+    network, optimizer, training_terms = state.network, state.optimizer, state.network.training_terms
     if flags.distribute != "none":  # XLA compiles no exchange between replicas, but the ELBO between two
-        elbo_terms = tf.function(elbo_terms, jit_compile=True, autograph=False)
-    n_steps = len(images) // flags.batch_size  # an incomplete mini-batch is dropped
+        training_terms = tf.function(training_terms, jit_compile=True, autograph=False)
+    n_steps, n_replicas = len(images) // flags.batch_size, strategy.num_replicas_in_sync
+    linear = partial(tf.keras.optimizers.schedules.PolynomialDecay, power=1.0)
     # Annealed dropout (Rennie, Goel and Thomas 2014): its noise helps at the start and hinders at the end.
-    until = max(1, int(ANNEALED * flags.num_epochs * n_steps))
-    drop_prob = tf.keras.optimizers.schedules.PolynomialDecay(1 - flags.keep_prob, until, 0.0)
+    drop_prob = linear(1 - flags.keep_prob, max(1, int(ANNEALED * flags.num_epochs * n_steps)), 0.0)
+    kl_weight = linear(0.0, max(1, flags.warm_up * n_steps), flags.kl_weight)
 
     def replica_step(batch, epoch, step):
         """A replica's part of a step: its share of the mini-batch, and random numbers of its own."""
         replica = tf.distribute.get_replica_context().replica_id_in_sync_group
         share = flags.batch_size // n_replicas
         seed = tf.random.fold_in(tf.stack([flags.seed, epoch]), step * n_replicas + replica)
-        x, x_corrupted = prepare(tf.gather(images, tf.slice(batch, [replica * share], [share])), flags, seed)
-        keep_prob = 1 - drop_prob(optimizer.iterations) if flags.keep_prob < 1 else 1
+        mine = tf.slice(batch, [replica * share], [share])
+        x, x_corrupted = prepare(tf.gather(images, mine), flags, seed)
+        options = {
+            "seed": seed,
+            "keep_prob": 1 - drop_prob(optimizer.iterations) if flags.keep_prob < 1 else 1,
+            "kl_weight": kl_weight(optimizer.iterations) if flags.warm_up else flags.kl_weight,
+        }
+        batch = x, x_corrupted, tf.gather(labels, mine)
         weights = network.trainable_variables
-        return sgd_step(elbo_terms, x, x_corrupted, seed, keep_prob, weights, optimizer, flags)
+        return sgd_step(training_terms, batch, weights, optimizer, flags, **options)
 
     @tf.function(jit_compile=flags.distribute == "none")
     def train_steps(batches, epoch):
@@ -484,7 +527,7 @@ def compile_training(strategy, state, digits, flags):
         return total / len(batches)
 
     def train_epoch(epoch):
-        """Goes through the training images once, with dropout; returns the means of elbo_terms, (2,)."""
+        """Goes through the training images once, with dropout; returns the means of the two terms, (2,)."""
         order = tf.random.experimental.stateless_shuffle(tf.range(len(images)), [flags.seed, epoch])
         batches = tf.reshape(order[: n_steps * flags.batch_size], (n_steps, flags.batch_size))
         return train_steps(batches, tf.constant(epoch)).numpy()
@@ -548,17 +591,18 @@ def log_px(network, x, x_corrupted, flags):
     return np.concatenate([estimate(*images, seed=seed(i)) for i, images in enumerate(batches)])
 
 
-def measure(network, x, x_corrupted, flags):
+def measure(network, x, x_corrupted, labels, flags):
     """Returns what is measured on the test digits, targets and encoder inputs (n, 784), by name."""
     metrics = elbo("test", evaluate(network, x, x_corrupted, flags))
-    if flags.add_noise:
-        for name, images in ("noisy", x_corrupted), ("restored", network.reconstruct(x_corrupted)):
-            metrics[f"psnr_{name}"] = -10 * math.log10(np.mean((images - x) ** 2))
+    pictures = {"noisy": x_corrupted, "restored": network.reconstruct(x_corrupted)}
+    for name in pictures if flags.add_noise else ["restored"]:
+        metrics[f"psnr_{name}"] = -10 * math.log10(np.mean((pictures[name] - x) ** 2))
+    metrics |= network.test_metrics(x_corrupted, labels)
     if flags.n_importance:
         metrics["test_log_px"] = float(np.mean(log_px(network, x, x_corrupted, flags), dtype=np.float64))
         active_units = vae.active_units(network.encode(x_corrupted))
         metrics |= {"n_importance": flags.n_importance, "active_units": int(active_units)}
-        if flags.dim_z == 2 and hasattr(network.likelihood, "log_prob_table"):
+        if flags.dim_z == 2 and network.log_marginal_likelihood_grid:
             log_pxs = network.log_marginal_likelihood_grid(x, x_corrupted)
             metrics["test_log_px_grid"] = float(np.mean(log_pxs, dtype=np.float64))
     return metrics
@@ -570,10 +614,9 @@ def generate(network, flags, folder):
     z = np.empty((flags.n_generate, flags.dim_z), np.float32)
     for i, (images_i, z_i) in enumerate(in_batches(10_000, images, z)):
         seed = tf.random.fold_in([flags.seed, GENERATION], i)
-        z_i[:] = network.prior.sample(len(z_i), flags.dim_z, seed)
+        z_i[:], logits = network.draw(len(z_i), seed)
         draw = partial(network.likelihood.sample, seed=tf.random.fold_in(seed, 1))
-        x = (draw if flags.binarize else network.likelihood.mean)(network.decoder(z_i))
-        images_i[:] = plot_utils.grey_levels(x)
+        images_i[:] = plot_utils.grey_levels((draw if flags.binarize else network.likelihood.mean)(logits))
     with whole_file(folder / "generated.npz") as part:
         np.savez(part, images=images.reshape(-1, 28, 28), z=z)
 
@@ -581,7 +624,7 @@ def generate(network, flags, folder):
 def reconstruct(network, x, flags, folder):
     """Writes what the network makes of one's own digits x: (n, 784): pictures, latent means, ELBO."""
     z = network.encode(x)
-    images = network.decode(z).numpy()
+    images = network.reconstruct(x).numpy()
     found = {"images": plot_utils.grey_levels(images).reshape(-1, 28, 28), "z": z}
     found["elbo"] = -sum(network.elbo_terms(x, x, seed=[flags.seed, EVALUATION]))
     if flags.n_importance:
@@ -599,7 +642,7 @@ def write_results(state, digits, flags, folder):
         (folder / name).unlink(missing_ok=True)
     for name, content in pictures.items():
         write_whole(folder / name, content)
-    metrics = measure(state.network, *digits.test, flags)
+    metrics = measure(state.network, *digits.test, digits.test_labels, flags)
     say("\n".join(f"{name:20}{value:12,.5g}" for name, value in metrics.items()))
     old = read_json(folder / "metrics.json")  # of the same network, or else of another epoch
     metrics = (old if old.get("test_elbo") == metrics["test_elbo"] else {}) | metrics

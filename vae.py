@@ -32,7 +32,7 @@ class Stream(enum.IntEnum):
     The hidden layers' dropout has DROPOUT, DROPOUT + 1, ...; reparameterize uses the seed as it is.
     """
 
-    IMPORTANCE, BINARIZATION, NOISE, DROPOUT = -2, -1, 0, 1
+    UPPER, IMPORTANCE, BINARIZATION, NOISE, DROPOUT = -3, -2, -1, 0, 1
 
 
 def reparameterize(mean, log_var, seed):
@@ -115,9 +115,9 @@ class VAE(keras.Model):
 
     prior, likelihood = StandardNormal(), Bernoulli()
 
-    def __init__(self, dim_z=2, n_hidden=500, mean_image=0.5, seed=0):
+    def __init__(self, dim_z=2, n_hidden=500, mean_image=0.5, seed=0, **options):
         super().__init__(name="vae", dtype="float32")
-        self.dim_z, self.n_hidden = dim_z, n_hidden
+        self.dim_z, self.n_hidden, self.options = dim_z, n_hidden, options  # these are for the papers' models
         mean_image = np.broadcast_to(mean_image, N_PIXELS)
         draws = keras.random.SeedGenerator(seed)
         he = keras.initializers.HeNormal(draws)
@@ -138,7 +138,7 @@ class VAE(keras.Model):
         ]
         self.encoder_output = dense("z_mean_and_log_var", n_hidden, 2 * dim_z, kernel=tenth_of_he)
         self.decoder_hidden = [
-            dense("decoder_1", dim_z, n_hidden, "tanh"),
+            dense("decoder_1", self.dim_code(dim_z), n_hidden, "tanh"),
             dense("decoder_2", n_hidden, n_hidden, "elu"),
         ]
         # Before training, the decoder answers with the mean image.
@@ -147,19 +147,27 @@ class VAE(keras.Model):
         self.mean_image = self.add_weight(
             (N_PIXELS,), constant(mean_image), trainable=False, name="mean_image"
         )
+        self.dense, self.small = dense, tenth_of_he
         self.built = True  # dense() has built all layers
 
     def get_config(self):
         """What keras.models.load_model makes the network from; all else is in its weights."""
-        return {"dim_z": self.dim_z, "n_hidden": self.n_hidden}
+        return {"dim_z": self.dim_z, "n_hidden": self.n_hidden, **self.options}
 
-    def encoder(self, x, *, keep_prob=1.0, seed=None):
-        """The Gaussian encoder q(z|x): returns mean and log_var, (batch, dim_z) each, of x: (batch, 784)."""
+    def dim_code(self, dim_z):
+        """Returns how many numbers the decoder makes an image from."""
+        return dim_z
+
+    def features(self, x, keep_prob=1.0, seed=None):
+        """The encoder's hidden layers: returns (batch, n_hidden) for images x: (batch, 784)."""
         h = x - self.mean_image  # centred
         for stream, layer in enumerate(self.encoder_hidden, Stream.DROPOUT):
             h = dropout(layer(h), keep_prob, seed, stream)
-        mean_and_log_var = self.encoder_output(h)
-        return mean_and_log_var[:, : self.dim_z], mean_and_log_var[:, self.dim_z :]
+        return h
+
+    def encoder(self, x, *, keep_prob=1.0, seed=None):
+        """The Gaussian encoder q(z|x): returns mean and log_var, (batch, dim_z) each, of x: (batch, 784)."""
+        return halves(self.encoder_output(self.features(x, keep_prob, seed)))
 
     def decoder(self, z, *, keep_prob=1.0, seed=None):
         """The Bernoulli decoder p(x|z): returns the pixels' logits, (batch, 784), for z: (batch, dim_z)."""
@@ -179,12 +187,22 @@ class VAE(keras.Model):
         logits = self.decoder(z, keep_prob=keep_prob, seed=seed)
         return -self.likelihood.log_prob(x, logits), self.prior.kl_divergence(mean, log_var, z)
 
+    def training_terms(self, x, x_corrupted, labels, *, seed, keep_prob, kl_weight):
+        """The terms to train with, (batch,) each: the loss is the first plus kl_weight times the second."""
+        return self.elbo_terms(x, x_corrupted, seed=seed, keep_prob=keep_prob)
+
+    def weight_terms(self, x, x_corrupted, n, *, seed, keep_prob=1.0):
+        """log p(x|z) and log [p(z) / q(z|x)] for n samples z ~ q(z|x) per image: (n, batch) each, in nats."""
+        q = self.encoder(x_corrupted, keep_prob=keep_prob, seed=seed)
+        mean, log_var = (tf.broadcast_to(array, (n, *array.shape)) for array in q)
+        z = reparameterize(mean, log_var, seed)
+        logits = self.decoder(tf.reshape(z, (-1, self.dim_z)), keep_prob=keep_prob, seed=seed)
+        log_px = self.likelihood.log_prob(x, tf.reshape(logits, (n, *x.shape)))
+        return log_px, self.prior.log_prob(z) - log_normal(z, mean, log_var)
+
     def log_weights(self, x, x_corrupted, n, *, seed):
         """log [p(x|z) p(z) / q(z|x)] for n importance samples z ~ q(z|x) per image: (n, batch), in nats."""
-        mean, log_var = (tf.broadcast_to(array, (n, *array.shape)) for array in self.encoder(x_corrupted))
-        z = reparameterize(mean, log_var, seed)
-        logits = tf.reshape(self.decoder(tf.reshape(z, (-1, self.dim_z))), (n, *x.shape))
-        return self.likelihood.log_prob(x, logits) + self.prior.log_prob(z) - log_normal(z, mean, log_var)
+        return sum(self.weight_terms(x, x_corrupted, n, seed=seed))
 
     def log_marginal_likelihood(self, x, x_corrupted, n_importance, *, seed):
         """log p(x) in nats, (batch,), estimated with n_importance samples of z per image.
@@ -203,6 +221,10 @@ class VAE(keras.Model):
             log_sum = tf.reduce_logsumexp(tf.concat([log_sum[None], log_weights], axis=0), axis=0)
         return log_sum - math.log(n_importance)
 
+    def log_joint(self, x, z):
+        """log p(x, z) in nats, (n, m), of each of x: (n, 784) with each of z: (m, dim_z)."""
+        return self.likelihood.log_prob_table(x, self.decoder(z)) + self.prior.log_prob(z)
+
     def log_marginal_likelihood_grid(self, x, x_corrupted):
         """log p(x) in nats, (n,), by quadrature over the plane of dim_z 2: exact, whatever the encoder.
 
@@ -216,7 +238,7 @@ class VAE(keras.Model):
         axis, log_sum = tf.range(-reach, reach, spacing), tf.fill([x.shape[0]], -np.inf)
         for z_1 in axis:  # a column of the grid at a time
             z = tf.stack([tf.fill(axis.shape, z_1), axis], axis=1)
-            log_joint = self.likelihood.log_prob_table(x, self.decoder(z)) + self.prior.log_prob(z)
+            log_joint = self.log_joint(x, z)
             log_sum = tf.reduce_logsumexp(tf.concat([log_sum[:, None], log_joint], axis=1), axis=1)
         return log_sum + 2 * tf.math.log(spacing)
 
@@ -238,9 +260,24 @@ class VAE(keras.Model):
     def call(self, x):
         return self.reconstruct(x)
 
+    def draw(self, n, seed):
+        """Returns n draws z from the prior, (n, dim_z), and the logits, (n, 784), of their images."""
+        z = self.prior.sample(n, self.dim_z, seed)
+        return z, self.decoder(z)
+
     def sample(self, n, seed=(0, 0)):
         """Returns n new images, (n, 784): draws from the prior, decoded."""
-        return self.decode(self.prior.sample(n, self.dim_z, seed))
+        return self.likelihood.mean(self.draw(n, seed)[1])
+
+    def test_metrics(self, x, labels):
+        """Returns what this model alone is measured by, {name: number}, on images and their labels."""
+        return {}
+
+
+def halves(array):
+    """Returns the two halves of the last axis: mean and log_var."""
+    n = array.shape[-1] // 2
+    return array[..., :n], array[..., n:]
 
 
 @tf.function(jit_compile=True, autograph=False)
@@ -257,13 +294,9 @@ def dropout(h, keep_prob, seed, stream):
     """
     if not tf.is_tensor(keep_prob) and keep_prob == 1:
         return h
-    shape = tuple(h.shape)
-
-    def mask():
-        return tf.cast(uniform(shape, tf.random.fold_in(seed, stream)) < keep_prob, tf.float32) / keep_prob
-
-    # Keras' Dropout layer would cost a fifth of an epoch; drawing when nothing is dropped any more, 6%.
-    return h * tf.cond(keep_prob < 1, mask, lambda: tf.ones(shape))
+    # Keras' Dropout layer would cost a fifth of the training time.
+    kept = uniform(tuple(h.shape), tf.random.fold_in(seed, stream)) < keep_prob
+    return h * (tf.cast(kept, tf.float32) / keep_prob)
 
 
 def salt_and_pepper(x, noise_level, seed):
@@ -284,3 +317,263 @@ def active_units(mean):
     Burda et al. 2016, section 5.2.
     """
     return tf.math.count_nonzero(tf.math.reduce_variance(mean, axis=0) > 0.01)
+
+
+# --- The papers: each a model that overrides just what its paper changes ------------------------------
+
+
+@keras.saving.register_keras_serializable("vae")
+class IWAE(VAE):
+    """Importance-weighted autoencoder: Burda, Grosse and Salakhutdinov, arXiv:1509.00519.
+
+    Trains with L_k = E[log 1/k sum_i w_i], w_i = p(x|z_i) p(z_i) / q(z_i|x), k = n_samples (equation 8): a
+    tighter bound than the ELBO, which is L_1. Its gradient is sum_i w~_i grad log w_i, with the weights
+    normalized (equation 13). What is logged as KL divergence in training is -L_k minus the first term.
+    """
+
+    def training_terms(self, x, x_corrupted, labels, *, seed, keep_prob, kl_weight):
+        k = self.options["n_samples"]
+        log_px, minus_kl = self.weight_terms(x, x_corrupted, k, seed=seed, keep_prob=keep_prob)
+        shares = tf.stop_gradient(tf.nn.softmax(log_px + kl_weight * minus_kl, axis=0))
+        bound = tf.reduce_logsumexp(log_px + minus_kl, axis=0) - math.log(k)
+        reconstruction, kl = (-tf.reduce_sum(shares * term, axis=0) for term in (log_px, minus_kl))
+        return reconstruction, kl + tf.stop_gradient(-bound - reconstruction - kl)
+
+
+class GaussianPixels(Bernoulli):
+    """p(x|z) = N(x; sigmoid(logits), std^2 I): a density of grey levels, so log p(x) has another unit."""
+
+    def __init__(self, log_std):
+        self.log_std = log_std  # one trained number; a std below 1/255 says more than grey levels have
+
+    def log_prob(self, x, logits):
+        return log_normal(x, tf.sigmoid(logits), 2 * tf.maximum(self.log_std, -math.log(255)))
+
+    def log_prob_table(self, x, logits):
+        mean, log_std = tf.sigmoid(logits), tf.maximum(self.log_std, -math.log(255))
+        squares = tf.reduce_sum(x**2, axis=-1, keepdims=True) + tf.reduce_sum(mean**2, axis=-1)
+        squares -= 2 * tf.matmul(x, mean, transpose_b=True)
+        return -squares / (2 * tf.exp(2 * log_std)) - x.shape[-1] * (0.5 * math.log(2 * math.pi) + log_std)
+
+    def sample(self, logits, seed):
+        return reparameterize(tf.sigmoid(logits), 2 * self.log_std, seed)
+
+
+@keras.saving.register_keras_serializable("vae")
+class LeastSquares(VAE):
+    """Least squares: Ramachandra, arXiv:1707.03134, in its neutral reading.
+
+    The reconstruction error is sum (x - x^)^2 / (2 std^2) + 392 log(2 pi std^2): Gaussian pixels in place of
+    Bernoulli ones. std is trained with the rest, so that no weight between error and KL has to be chosen;
+    the KL divergence is the regularization.
+    """
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        initial = keras.initializers.Constant(math.log(0.2))
+        self.log_std = self.add_weight((), initial, name="log_std")
+        self.likelihood = GaussianPixels(self.log_std)
+
+
+@keras.saving.register_keras_serializable("vae")
+class StickBreaking(VAE):
+    """Stick-breaking prior: Nalisnick and Smyth, arXiv:1605.06197, with a Gaussian in place of their q.
+
+    The decoder sees sticks pi_k = v_k prod_{j<k} (1 - v_j), v_k ~ Beta(1, CONCENTRATION). With z_k ~ N(0, 1),
+    v_k = 1 - (1 - Phi(z_k))^(1 / CONCENTRATION) has just this distribution; the map is monotone, so that the
+    KL divergence of the z is that of the v, and all but the decoder's input stays (their "Gauss-logit"
+    posterior with Phi as the logistic function).
+    """
+
+    CONCENTRATION = 5.0
+
+    def dim_code(self, dim_z):
+        return dim_z + 1
+
+    def sticks(self, z):
+        """Returns the sticks, (..., dim_z + 1), that z: (..., dim_z) stands for: they add to 1."""
+        log_left = tf.math.log(0.5 * tf.math.erfc(z / math.sqrt(2))) / self.CONCENTRATION  # log(1 - v)
+        before = tf.exp(tf.cumsum(log_left, axis=-1, exclusive=True))
+        last = tf.exp(tf.reduce_sum(log_left, axis=-1, keepdims=True))
+        return tf.concat([before * -tf.math.expm1(log_left), last], axis=-1)
+
+    def decoder(self, z, **options):
+        return super().decoder(self.sticks(z), **options)
+
+
+@keras.saving.register_keras_serializable("vae")
+class Ladder(VAE):
+    """Ladder VAE with two layers of latent variables: Sonderby et al., arXiv:1602.02282.
+
+    p(z_2) = N(0, I), p(z_1|z_2) a Gaussian by a network, p(x|z_1) the decoder. q(z_1|z_2, x) is the product
+    of p(z_1|z_2) and the encoder's Gaussian: precisions add (equations 17 and 18). z_2, of dim_z numbers, is
+    what encode and decode speak of; z_1 has dim_z_lower numbers.
+    """
+
+    log_marginal_likelihood_grid = None  # the plane of z_2 leaves z_1 open
+
+    def __init__(self, dim_z=2, n_hidden=500, mean_image=0.5, seed=0, dim_z_lower=64):
+        super().__init__(dim_z_lower, n_hidden, mean_image, seed, dim_z_lower=dim_z_lower)
+        self.dim_z, dense, small = dim_z, self.dense, self.small
+        self.upwards = [dense("up_1", n_hidden, n_hidden, "elu"), dense("up_2", n_hidden, n_hidden, "tanh")]
+        self.upper_output = dense("z_2_mean_and_log_var", n_hidden, 2 * dim_z, kernel=small)
+        self.downwards = [
+            dense("down_1", dim_z, n_hidden, "tanh"),
+            dense("down_2", n_hidden, n_hidden, "elu"),
+        ]
+        self.lower_output = dense("z_1_mean_and_log_var", n_hidden, 2 * dim_z_lower, kernel=small)
+
+    def encoder(self, x, *, keep_prob=1.0, seed=None):
+        return self.both_encoders(x, keep_prob, seed)[1]
+
+    def both_encoders(self, x, keep_prob=1.0, seed=None):
+        """Returns (mean, log_var) of the encoder's Gaussians: of z_1, which is not yet q, and of z_2."""
+        h = lower = self.features(x, keep_prob, seed)
+        for layer in self.upwards:
+            h = layer(h)
+        return halves(self.encoder_output(lower)), halves(self.upper_output(h))
+
+    def lower_prior(self, z_2):
+        """Returns mean and log_var, (..., dim_z_lower), of p(z_1|z_2)."""
+        for layer in self.downwards:
+            z_2 = layer(z_2)
+        return halves(self.lower_output(z_2))
+
+    def merge(self, one, other):
+        """Returns (mean, log_var) of the product of two Gaussians: the more precise one counts for more."""
+        (mean, log_var), (other_mean, other_log_var) = one, other
+        log_precision = tf.nn.softplus(log_var - other_log_var) - log_var  # log(1 / var + 1 / other_var)
+        share = tf.exp(-log_var - log_precision)
+        return share * mean + (1 - share) * other_mean, -log_precision
+
+    def path(self, x, n, keep_prob, seed):
+        """Returns draws of both layers, (n, batch, ...), z_1 first: each z with its q and its prior."""
+        encoded, upper = self.both_encoders(x, keep_prob, seed)
+        mean, log_var = (tf.broadcast_to(array, (n, *array.shape)) for array in upper)
+        z_2 = reparameterize(mean, log_var, tf.random.fold_in(seed, Stream.UPPER))
+        prior = self.lower_prior(z_2)
+        lower = self.merge(encoded, prior)
+        return (reparameterize(*lower, seed), lower, prior), (z_2, (mean, log_var))
+
+    def elbo_terms(self, x, x_corrupted, *, seed, keep_prob=1.0):
+        (z_1, (mean, log_var), (prior_mean, prior_log_var)), (z_2, upper) = self.path(
+            x_corrupted, 1, keep_prob, seed
+        )
+        logits = super().decoder(z_1[0], keep_prob=keep_prob, seed=seed)
+        distance = (tf.exp(log_var) + (mean - prior_mean) ** 2) / tf.exp(prior_log_var)
+        kl = 0.5 * tf.reduce_sum(prior_log_var - log_var + distance - 1, axis=-1)
+        kl += self.prior.kl_divergence(*upper, z_2)
+        return -self.likelihood.log_prob(x, logits), kl[0]
+
+    def weight_terms(self, x, x_corrupted, n, *, seed, keep_prob=1.0):
+        (z_1, lower, prior), (z_2, upper) = self.path(x_corrupted, n, keep_prob, seed)
+        logits = super().decoder(tf.reshape(z_1, (-1, z_1.shape[-1])), keep_prob=keep_prob, seed=seed)
+        log_ratio = log_normal(z_1, *prior) - log_normal(z_1, *lower)
+        log_ratio += self.prior.log_prob(z_2) - log_normal(z_2, *upper)
+        return self.likelihood.log_prob(x, tf.reshape(logits, (n, *x.shape))), log_ratio
+
+    def decoder(self, z, **options):
+        """Returns the logits of what z_2 alone says: with z_1 at its mean."""
+        return super().decoder(self.lower_prior(z)[0], **options)
+
+    def reconstruct(self, x):
+        encoded, (mean, _) = self.both_encoders(tf.cast(x, tf.float32))
+        z_1, _ = self.merge(encoded, self.lower_prior(mean))
+        return self.likelihood.mean(super().decoder(z_1))
+
+    def draw(self, n, seed):
+        z_2 = self.prior.sample(n, self.dim_z, seed)
+        z_1 = reparameterize(*self.lower_prior(z_2), tf.random.fold_in(seed, Stream.UPPER))
+        return z_2, super().decoder(z_1)
+
+
+@keras.saving.register_keras_serializable("vae")
+class Stein(VAE):
+    """Stein VAE: Pu et al., arXiv:1704.05155, with one decoder where the paper has samples of its weights.
+
+    The encoder is no density but draws particles z_j = f(x, xi_j), xi_j ~ N(0, I), here a Gaussian's that a
+    network bends. They are trained to go where Stein variational gradient descent moves them:
+    phi(z_j) = 1/M sum_i [k(z_i, z_j) grad log p(x, z_i) + grad_{z_i} k(z_i, z_j)], M = n_samples. What is
+    measured takes the Gaussian fitted to FITTED particles for q, so that bounds are bounds.
+    """
+
+    FITTED = 64
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        n = self.n_hidden
+        self.bend_x, self.bend_noise = self.dense("bend_x", n, n), self.dense("bend_noise", self.dim_z, n)
+        self.bend_output = self.dense("bend_output", n, self.dim_z, kernel=self.small)
+
+    def particles(self, x, n, *, seed, keep_prob=1.0):
+        """Returns n draws of z for each image: (n, batch, dim_z)."""
+        h = self.features(x, keep_prob, seed)
+        mean, log_var = halves(self.encoder_output(h))
+        noise = tf.random.stateless_normal((n, *mean.shape), seed)
+        bend = self.bend_output(tf.tanh(self.bend_x(h) + self.bend_noise(noise)))
+        return mean + tf.exp(log_var / 2) * noise + bend
+
+    def encoder(self, x, *, keep_prob=1.0, seed=None):
+        z = self.particles(x, self.FITTED, seed=(0, 0))
+        return tf.reduce_mean(z, axis=0), tf.math.log(tf.math.reduce_variance(z, axis=0) + 1e-6)
+
+    def training_terms(self, x, x_corrupted, labels, *, seed, keep_prob, kl_weight):
+        z = self.particles(x_corrupted, self.options["n_samples"], seed=seed, keep_prob=keep_prob)
+        fixed = tf.stop_gradient(z)
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(fixed)
+            logits = self.decoder(tf.reshape(fixed, (-1, self.dim_z)), keep_prob=keep_prob, seed=seed)
+            log_px = self.likelihood.log_prob(x, tf.reshape(logits, (*z.shape[:2], -1)))
+            log_joint = log_px + kl_weight * self.prior.log_prob(fixed)
+        direction = svgd_direction(fixed, tape.gradient(log_joint, fixed), kl_weight)
+        towards = -tf.reduce_mean(tf.reduce_sum(tf.stop_gradient(direction) * z, axis=-1), axis=0)
+        log_var = tf.math.log(tf.math.reduce_variance(fixed, axis=0) + 1e-6)
+        kl = self.prior.kl_divergence(tf.reduce_mean(fixed, axis=0), log_var, fixed)
+        return towards - tf.stop_gradient(towards) - tf.reduce_mean(log_px, axis=0), tf.stop_gradient(kl)
+
+
+def svgd_direction(z, score, repulsion=1.0):
+    """Returns where Stein's gradient descent moves particles z: (n, batch, dim_z), from their score.
+
+    Liu and Wang, arXiv:1608.04471, with the kernel exp(-r^2 / h) and h the mean of r^2 over the pairs.
+    """
+    n = z.shape[0]
+    apart = z[:, None] - z[None]  # (i, j, batch, dim_z)
+    squares = tf.reduce_sum(apart**2, axis=-1)
+    h = tf.reduce_sum(squares, axis=(0, 1)) / max(1, n * (n - 1)) + 1e-6
+    kernel = tf.exp(-squares / h)
+    pushed = -2 * repulsion * tf.einsum("ijb,ijbd->jbd", kernel / h, apart)
+    return (tf.einsum("ijb,ibd->jbd", kernel, score) + pushed) / n
+
+
+@keras.saving.register_keras_serializable("vae")
+class Labels(VAE):
+    """Images and labels: Pu et al., arXiv:1609.08976, without their convolutions and captions.
+
+    A linear support vector machine reads the label from z, and its hinge loss, one class against the others,
+    trains the encoder, too, through the digits whose label is told: L = xi E_q[log p(y|z)] - (-ELBO).
+    """
+
+    WEIGHT = 80.0  # xi, of the mean loss of a mini-batch's labelled digits: 784 pixels to 10 classes
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.classifier = self.dense("classifier", self.dim_z, 10)
+
+    def training_terms(self, x, x_corrupted, labels, *, seed, keep_prob, kl_weight):
+        reconstruction, kl = self.elbo_terms(x, x_corrupted, seed=seed, keep_prob=keep_prob)
+        z = reparameterize(*self.encoder(x_corrupted, keep_prob=keep_prob, seed=seed), seed)  # the same draw
+        signs = 2 * tf.one_hot(labels, 10) - 1
+        known = tf.cast(labels >= 0, tf.float32)
+        hinge = known * tf.reduce_sum(tf.nn.relu(1 - signs * self.classifier(z)), axis=-1)
+        loss = self.WEIGHT * hinge * len(known) / tf.maximum(1.0, tf.reduce_sum(known))
+        return reconstruction + loss - tf.stop_gradient(loss), kl
+
+    def classify(self, x, n=50, seed=(0, 0)):
+        """Returns the labels, (batch,), that images have on average over n draws of z."""
+        mean, log_var = (tf.broadcast_to(array, (n, *array.shape)) for array in self.encoder(x))
+        scores = tf.reduce_mean(self.classifier(reparameterize(mean, log_var, seed)), axis=0)
+        return tf.argmax(scores, axis=-1)
+
+    def test_metrics(self, x, labels):
+        return {"test_error": float(np.mean(self.classify(x) != labels))}

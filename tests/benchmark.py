@@ -41,6 +41,7 @@ def ours(images, n_epochs, report, **setting):
     setting["num_epochs"] = n_epochs
     flags = run_main.parse_flags([f"--{name}={value}" for name, value in setting.items()])
     strategy, digits = run_main.tf.distribute.get_strategy(), SimpleNamespace(train_images=images)
+    digits.train_labels = np.zeros(len(images), np.int32)
     train_epoch = run_main.compile_training(strategy, run_main.build(digits, flags), digits, flags)
     for epoch in range(1, n_epochs + 1):
         report(sum(train_epoch(epoch)))

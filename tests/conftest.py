@@ -52,7 +52,8 @@ def mnist(data_dir):
 @pytest.fixture(scope="session")
 def few_digits(mnist):
     """The real MNIST, cut to 2,000 training digits and 1,000 of the others each."""
-    sizes = {"train_images": 2_000, "valid_images": 1_000, "test_images": 1_000, "test_labels": 1_000}
+    sizes = {"train_images": 2_000, "valid_images": 1_000, "test_images": 1_000}
+    sizes |= {"train_labels": 2_000, "test_labels": 1_000}
     cut = {name: getattr(mnist, name)[:n] for name, n in sizes.items()}
     return type(mnist)(**cut, sha256=mnist.sha256)
 

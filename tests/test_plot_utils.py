@@ -243,7 +243,8 @@ def parse(*flags):
 
 
 ALWAYS = {"samples.png", "interpolation.png", "elbo.png"}
-DIGITS, PLANE = {"input.png", "reconstruction.png"}, {"manifold.png", "latent_map.png"}
+DIGITS = {"input.png", "reconstruction.png"}
+PLANE = {"manifold.png", "latent_map.png", "posterior.png"}
 NOISY = {"input_noise.png", "denoising.png"}
 
 

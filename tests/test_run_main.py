@@ -26,7 +26,7 @@ tf = run_main.tf
 EVERY_RUN = {"config.json", "log.csv", "metrics.json", "vae.keras", "checkpoint", "latent.npz"}
 EVERY_RUN |= {"samples.png", "interpolation.png", "elbo.png"}
 RECONSTRUCTIONS = {"input.png", "reconstruction.png"}
-PLANE = {"manifold.png", "latent_map.png"}
+PLANE = {"manifold.png", "latent_map.png", "posterior.png"}
 
 
 @pytest.fixture(scope="module")
@@ -172,10 +172,16 @@ def test_the_learning_rate_is_the_optimizers_own():
         assert run_main.parse_flags(["--optimizer", optimizer, "--learn_rate", "0.5"]).learn_rate == 0.5
 
 
+MODEL_OF = {"n_samples": "--model=iwae", "dim_z_lower": "--model=ladder", "n_labels": "--model=labels"}
 LIMITS = {  # flag: below the least, the least, the largest, above it
     "dim_z": "0 1 10000 10001",
     "n_hidden": "0 1 100000 100001",
     "keep_prob": "0 0.001 1 1.1",
+    "kl_weight": "-0.1 0 1000 1001",
+    "warm_up": "-2 0 2147483647 2147483648",
+    "n_samples": "0 1 1000 1001",
+    "dim_z_lower": "0 1 10000 10001",
+    "n_labels": "0 1 2147483647 2147483648",
     "learn_rate": "0 1e-12 1e6 1.1e6",
     "num_epochs": "0 1 2147483647 2147483648",
     "batch_size": "0 1 55000 55001",
@@ -213,7 +219,8 @@ def test_bad_numbers_are_one_line(flag):
         assert [word for word in (f"--{flag}", repr(value)) if word not in str(error.value)] == []
         assert "\n" not in str(error.value)
     for value in (least, largest):
-        flags = run_main.parse_flags(["--add_noise", "--PMLR=False", f"--{flag}={value}"])
+        model = MODEL_OF.get(flag, "--model=vae")
+        flags = run_main.parse_flags(["--add_noise", "--PMLR=False", model, f"--{flag}={value}"])
         assert getattr(flags, flag) == float(value)
 
 
@@ -286,11 +293,11 @@ def train_one_epoch(elbo_terms, train_images, epoch, flags):
     """Returns the mean terms of an epoch with other elbo_terms in place of the network's."""
     weight = tf.Variable(0.0)
 
-    def terms(x, x_corrupted, *, seed, keep_prob):
+    def terms(x, x_corrupted, labels, *, seed, keep_prob, kl_weight):
         return [term + 0 * weight for term in elbo_terms(x, x_corrupted, keep_prob)]
 
-    network = SimpleNamespace(elbo_terms=terms, trainable_variables=[weight])
-    digits = SimpleNamespace(train_images=train_images)
+    network = SimpleNamespace(training_terms=terms, trainable_variables=[weight])
+    digits = SimpleNamespace(train_images=train_images, train_labels=np.zeros(len(train_images), np.int32))
     state = SimpleNamespace(network=network, optimizer=run_main.make_optimizer(network, digits, flags))
     state.optimizer.iterations.assign((epoch - 1) * (len(train_images) // flags.batch_size))
     return run_main.compile_training(tf.distribute.get_strategy(), state, digits, flags)(epoch)
@@ -345,7 +352,7 @@ def test_a_run_leaves_what_it_says(trained, few_digits):
     config = json.loads((trained / "config.json").read_text())
     assert set(config["flags"]) == set(run_main.WHOSE)
     assert (config["flags"]["n_hidden"], config["flags"]["seed"]) == (32, 5)
-    assert config["flags"]["learn_rate"] == 0.02
+    assert config["flags"]["learn_rate"] == 0.03
     assert config["data_sha256"] == mnist_data.SHA256
     assert config["versions"]["numpy"] == np.__version__
     assert {"python", "tensorflow", "keras", "matplotlib"} <= set(config["versions"])
@@ -356,7 +363,7 @@ def test_a_run_leaves_what_it_says(trained, few_digits):
     assert [row["epoch"] for row in log] == [1, 2]
 
     metrics = json.loads((trained / "metrics.json").read_text())
-    assert set(metrics) == {"test_elbo", "test_reconstruction", "test_kl"}
+    assert set(metrics) == {"test_elbo", "test_reconstruction", "test_kl", "psnr_restored"}
     assert {type(value) for value in metrics.values()} == {float}
     assert metrics["test_elbo"] == -(metrics["test_reconstruction"] + metrics["test_kl"])
     assert metrics["test_elbo"] == pytest.approx(log[-1]["valid_elbo"], abs=5)
@@ -372,7 +379,7 @@ def test_a_run_says_what_it_leaves(trained):
         for name in ("train_elbo", "train_reconstruction", "train_kl", "valid_elbo"):
             assert f"{row[name]:.2f}" in line
     metrics = json.loads((trained / "metrics.json").read_text())
-    said = dict(line.split() for line in lines if line.startswith("test_"))
+    said = dict(line.split() for line in lines if line.startswith(("test_", "psnr_")))
     assert {name: float(value) for name, value in said.items()} == pytest.approx(metrics, rel=1e-4)
     assert str(trained) in lines[-1]
     assert max(map(len, lines[:-1])) < 80
@@ -541,7 +548,7 @@ def test_log_px_equals_the_elbo_with_one_sample_and_rises(binarized):
     flags, digits, state = load(binarized)
     found = {}
     for flags.n_importance in (1, 50):
-        found[flags.n_importance] = run_main.measure(state.network, *digits.test, flags)
+        found[flags.n_importance] = run_main.measure(state.network, *digits.test, None, flags)
     assert found[1]["test_elbo"] == found[50]["test_elbo"]
     assert found[1]["active_units"] == found[50]["active_units"] == 2
     one, two = (state.network.log_weights(*digits.test, 1, seed=[7, i])[0].numpy() for i in range(2))
@@ -561,8 +568,9 @@ def test_peak_signal_to_noise(few_digits):
     network = SimpleNamespace(
         elbo_terms=lambda x, x_corrupted, seed: np.zeros((2, len(x))),
         reconstruct=lambda x: np.full_like(x, 0.5),
+        test_metrics=lambda x, labels: {},
     )
-    metrics = run_main.measure(network, x, x_corrupted, flags)
+    metrics = run_main.measure(network, x, x_corrupted, None, flags)
     noisy = 0.2 * np.mean(x**2) + 0.2 * np.mean((1 - x) ** 2)
     assert metrics["psnr_noisy"] == pytest.approx(-10 * math.log10(noisy), abs=0.05)
     assert metrics["psnr_restored"] == pytest.approx(-10 * math.log10(np.mean((0.5 - x) ** 2)), abs=1e-3)
