@@ -63,7 +63,7 @@ def clipped_sgd(learning_rate):
 
 
 OPTIMIZERS = {  # name: (function from a learning rate to a Keras optimizer, learning rate at the start)
-    "sgd": (clipped_sgd, 0.03),
+    "sgd": (clipped_sgd, 0.02),
     "adam": (lambda rate: tf.keras.optimizers.Adam(learning_rate=rate), 0.002),  # loads TensorFlow when used
 }
 
@@ -119,7 +119,7 @@ FLAGS = {  # group: (name, argparse type or choices, default, whose, help)
         ("dim_z_lower", whole(1, 10_000), None, OWN, "length of the ladder's lower z (default: 64)"),
         ("n_labels", whole(1), None, OWN, "digits of each class whose label is told (default: all)"),
         ("optimizer", tuple(OPTIMIZERS), "sgd", OWN, "SGD with momentum and clipped gradients, or Adam"),
-        ("learn_rate", real(1e-12, 1e6), None, OWN, "at the start (default: 0.03 for sgd, 0.002 for adam)"),
+        ("learn_rate", real(1e-12, 1e6), None, OWN, "at the start (default: 0.02 for sgd, 0.002 for adam)"),
         ("num_epochs", whole(1), 20, OWN, "passes through the training digits; --resume may change it"),
         ("batch_size", whole(1, mnist_data.N_TRAIN), 128, OWN, "mini-batch size"),
         ("seed", whole(0), 0, OWN, "all random numbers are functions of it"),
@@ -515,8 +515,7 @@ def compile_training(strategy, state, digits, flags):
             "kl_weight": kl_weight(optimizer.iterations) if flags.warm_up else flags.kl_weight,
         }
         batch = x, x_corrupted, tf.gather(labels, mine)
-        weights = network.trainable_variables
-        return sgd_step(training_terms, batch, weights, optimizer, flags, **options)
+        return sgd_step(training_terms, batch, network.trainable_variables, optimizer, flags, **options)
 
     @tf.function(jit_compile=flags.distribute == "none")
     def train_steps(batches, epoch):

@@ -136,7 +136,7 @@ def test_a_resumed_run_may_go_on_at_another_rate(run, copy):
     n = len(read_log(copy))
     assert run("--resume", f"--results_path={copy}", f"--num_epochs={2 * n}", "--learn_rate=0.001") == 0
     rates = [row["learn_rate"] for row in read_log(copy)]
-    assert rates[0] == pytest.approx(0.03)
+    assert rates[0] == pytest.approx(0.02)
     half = [0.001 * (1 + math.cos(math.pi * epoch / (2 * n))) / 2 for epoch in range(n, 2 * n)]
     assert rates[n:] == pytest.approx(half, rel=1e-3)  # along the same schedule, scaled
 
@@ -193,7 +193,7 @@ def test_more_epochs_and_other_pictures(run, trained, copy):
     log = read_log(copy)
     assert log[:3] == read_log(trained)
     assert [row["epoch"] for row in log] == [1, 2, 3, 4, 5]
-    cosine = [0.03 * (1 + math.cos(math.pi * epoch / 5)) / 2 for epoch in (3, 4)]
+    cosine = [0.02 * (1 + math.cos(math.pi * epoch / 5)) / 2 for epoch in (3, 4)]
     assert [row["learn_rate"] for row in log[3:]] == pytest.approx(cosine, rel=1e-4)
     with Image.open(trained / "manifold.gif") as before, Image.open(copy / "manifold.gif") as after:
         assert (before.n_frames, before.size) == (3, (5 * 28, 5 * 28))

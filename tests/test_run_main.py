@@ -167,7 +167,7 @@ def test_the_three_commands_of_the_example():
 
 
 def test_the_learning_rate_is_the_optimizers_own():
-    for optimizer, rate in (("sgd", 0.03), ("adam", 0.002)):
+    for optimizer, rate in (("sgd", 0.02), ("adam", 0.002)):
         assert run_main.parse_flags(["--optimizer", optimizer]).learn_rate == rate
         assert run_main.parse_flags(["--optimizer", optimizer, "--learn_rate", "0.5"]).learn_rate == 0.5
 
@@ -352,7 +352,7 @@ def test_a_run_leaves_what_it_says(trained, few_digits):
     config = json.loads((trained / "config.json").read_text())
     assert set(config["flags"]) == set(run_main.WHOSE)
     assert (config["flags"]["n_hidden"], config["flags"]["seed"]) == (32, 5)
-    assert config["flags"]["learn_rate"] == 0.03
+    assert config["flags"]["learn_rate"] == 0.02
     assert config["data_sha256"] == mnist_data.SHA256
     assert config["versions"]["numpy"] == np.__version__
     assert {"python", "tensorflow", "keras", "matplotlib"} <= set(config["versions"])
