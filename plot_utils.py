@@ -66,7 +66,8 @@ class Scene:
         self.history, self.frames = state.history, state.frames
         n = flags.PRR_n_img_x * flags.PRR_n_img_y
         self.grid = flags.PRR_n_img_x, flags.PRR_n_img_y, flags.PRR_resize_factor
-        x, self.inputs = digits.test
+        self.clean, self.inputs = digits.test
+        x = self.clean
         self.x, self.x_corrupted, self.labels = x[:n], self.inputs[:n], digits.test_labels
         self.mean = np.concatenate([self.network.encode(part) for part in np.array_split(self.inputs, 10)])
 
@@ -110,15 +111,15 @@ class Scene:
     @property
     def posteriors(self):
         """Digits, windows of the plane, log p(x, z) there, the encoder's means and deviations, particles."""
-        x, network = self.inputs[:N_POSTERIORS], self.network
-        mean, log_var = (array.numpy() for array in network.encoder(x))
+        x, inputs, network = self.clean[:N_POSTERIORS], self.inputs[:N_POSTERIORS], self.network
+        mean, log_var = (array.numpy() for array in network.encoder(inputs))
         std = np.exp(log_var / 2)
         steps = np.linspace(-POSTERIOR_REACH, POSTERIOR_REACH, POSTERIOR_STEPS, dtype=np.float32)
         windows = mean[:, None] + steps[:, None] * std.max(axis=1)[:, None, None]  # (n, steps, 2)
         grids = [np.stack(np.meshgrid(*window.T), axis=-1).reshape(-1, 2) for window in windows]
         log_joints = [network.log_joint(x[i : i + 1], grid)[0] for i, grid in enumerate(grids)]
         draws = getattr(network, "particles", None)  # of a model whose q is no Gaussian
-        particles = draws(x, 100, seed=(self.flags.seed, 1)) if draws else None
+        particles = draws(inputs, 100, seed=(self.flags.seed, 1)) if draws else None
         return x, windows, log_joints, mean, std, particles
 
     @property

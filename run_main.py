@@ -223,7 +223,8 @@ def check_together(flags):
     made = [name for name, flag in ONCE.items() if getattr(flags, flag) and goes_on and name in files]
     done = max(checkpoints(folder), default=0) if flags.resume and folder else 0
     others = {name for _, own in MODELS.values() for name in own} - MODELS[flags.model][1].keys()
-    alien = [f"--{name}" for name in others if getattr(flags, name) not in (None, 1)]
+    given = {(name, getattr(flags, name)) for name in others} - {("n_samples", 1)}
+    alien = [f"--{name}" for name, value in sorted(given, key=str) if value is not None]
     for wrong, message in (
         (flags.load and flags.resume, "--resume trains on and --load does not train: take one of them"),
         (flags.resume and flags.overwrite, "--resume goes on with a run, --overwrite removes it: take one"),
@@ -441,7 +442,7 @@ def prepare(images, flags, seed):
 
 
 def make_digits(data, flags):
-    """Returns train_images (n, 784) uint8, test_labels (n,), and `valid` and `test`: what prepare returns."""
+    """Returns train_images (n, 784) uint8, train_ and test_labels (n,), and `valid` and `test` prepared."""
     augment = flags.augment and not flags.load
     train_images = mnist_data.augment(data.train_images, flags.seed) if augment else data.train_images
     seed = partial(tf.random.fold_in, [flags.seed, EVALUATION])
@@ -593,7 +594,8 @@ def log_px(network, x, x_corrupted, flags):
 def measure(network, x, x_corrupted, labels, flags):
     """Returns what is measured on the test digits, targets and encoder inputs (n, 784), by name."""
     metrics = elbo("test", evaluate(network, x, x_corrupted, flags))
-    pictures = {"noisy": x_corrupted, "restored": network.reconstruct(x_corrupted)}
+    restored = [network.reconstruct(images) for (images,) in in_batches(1_000, x_corrupted)]
+    pictures = {"noisy": x_corrupted, "restored": np.concatenate(restored)}
     for name in pictures if flags.add_noise else ["restored"]:
         metrics[f"psnr_{name}"] = -10 * math.log10(np.mean((pictures[name] - x) ** 2))
     metrics |= network.test_metrics(x_corrupted, labels)

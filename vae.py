@@ -226,15 +226,15 @@ class VAE(keras.Model):
         return self.likelihood.log_prob_table(x, self.decoder(z)) + self.prior.log_prob(z)
 
     def log_marginal_likelihood_grid(self, x, x_corrupted):
-        """log p(x) in nats, (n,), by quadrature over the plane of dim_z 2: exact, whatever the encoder.
+        """log p(x) in nats, (n,), by quadrature over the plane of dim_z 2: exact where p(z|x) is no narrower.
 
         The grid reaches beyond the farthest mean by six of its deviations, and to 5 at least; its spacing is
-        the smallest deviation, 0.05 at most.
+        the smallest deviation, 0.05 at most, and no less than a thousandth of its width.
         """
         mean, log_var = self.encoder(x_corrupted)
         std = tf.exp(log_var / 2)
-        spacing = tf.minimum(0.05, tf.reduce_min(std))
         reach = tf.maximum(5.0, tf.reduce_max(tf.abs(mean) + 6 * std))
+        spacing = tf.maximum(tf.minimum(0.05, tf.reduce_min(std)), reach / 500)
         axis, log_sum = tf.range(-reach, reach, spacing), tf.fill([x.shape[0]], -np.inf)
         for z_1 in axis:  # a column of the grid at a time
             z = tf.stack([tf.fill(axis.shape, z_1), axis], axis=1)
@@ -244,10 +244,7 @@ class VAE(keras.Model):
 
     def encode(self, x):
         """Returns the latent means, (n, dim_z), of images x: (n, 784) in [0, 1]. TypeError for integers."""
-        x = tf.convert_to_tensor(x)
-        if not x.dtype.is_floating:
-            raise TypeError(f"the pixels are {x.dtype.name}: take floats in [0, 1], as in images / 255")
-        return self.encoder(tf.cast(x, tf.float32))[0]
+        return self.encoder(pixels(x))[0]
 
     def decode(self, z):
         """Returns the images (n, 784) that latent vectors z: (n, dim_z) stand for: E[x|z]."""
@@ -272,6 +269,14 @@ class VAE(keras.Model):
     def test_metrics(self, x, labels):
         """Returns what this model alone is measured by, {name: number}, on images and their labels."""
         return {}
+
+
+def pixels(x):
+    """Returns images in [0, 1] as float32; TypeError for integers."""
+    x = tf.convert_to_tensor(x)
+    if not x.dtype.is_floating:
+        raise TypeError(f"the pixels are {x.dtype.name}: take floats in [0, 1], as in images / 255")
+    return tf.cast(x, tf.float32)
 
 
 def halves(array):
@@ -344,13 +349,18 @@ class GaussianPixels(Bernoulli):
     """p(x|z) = N(x; sigmoid(logits), std^2 I): a density of grey levels, so log p(x) has another unit."""
 
     def __init__(self, log_std):
-        self.log_std = log_std  # one trained number; a std below 1/255 says more than grey levels have
+        self.trained = log_std  # one number
+
+    @property
+    def log_std(self):
+        """No less than log(1/255): a smaller std says more than grey levels have."""
+        return tf.maximum(self.trained, -math.log(255))
 
     def log_prob(self, x, logits):
-        return log_normal(x, tf.sigmoid(logits), 2 * tf.maximum(self.log_std, -math.log(255)))
+        return log_normal(x, tf.sigmoid(logits), 2 * self.log_std)
 
     def log_prob_table(self, x, logits):
-        mean, log_std = tf.sigmoid(logits), tf.maximum(self.log_std, -math.log(255))
+        mean, log_std = tf.sigmoid(logits), self.log_std
         squares = tf.reduce_sum(x**2, axis=-1, keepdims=True) + tf.reduce_sum(mean**2, axis=-1)
         squares -= 2 * tf.matmul(x, mean, transpose_b=True)
         return -squares / (2 * tf.exp(2 * log_std)) - x.shape[-1] * (0.5 * math.log(2 * math.pi) + log_std)
@@ -381,8 +391,8 @@ class StickBreaking(VAE):
 
     The decoder sees sticks pi_k = v_k prod_{j<k} (1 - v_j), v_k ~ Beta(1, CONCENTRATION). With z_k ~ N(0, 1),
     v_k = 1 - (1 - Phi(z_k))^(1 / CONCENTRATION) has just this distribution; the map is monotone, so that the
-    KL divergence of the z is that of the v, and all but the decoder's input stays (their "Gauss-logit"
-    posterior with Phi as the logistic function).
+    KL divergence of the z is that of the v, and all but the decoder's input stays. q(v|x) is then much like
+    their "Gauss-logit" posterior, with Phi in place of the logistic function.
     """
 
     CONCENTRATION = 5.0
@@ -410,7 +420,7 @@ class Ladder(VAE):
     what encode and decode speak of; z_1 has dim_z_lower numbers.
     """
 
-    log_marginal_likelihood_grid = None  # the plane of z_2 leaves z_1 open
+    log_joint = log_marginal_likelihood_grid = None  # z_2 leaves z_1 open
 
     def __init__(self, dim_z=2, n_hidden=500, mean_image=0.5, seed=0, dim_z_lower=64):
         super().__init__(dim_z_lower, n_hidden, mean_image, seed, dim_z_lower=dim_z_lower)
@@ -477,7 +487,7 @@ class Ladder(VAE):
         return super().decoder(self.lower_prior(z)[0], **options)
 
     def reconstruct(self, x):
-        encoded, (mean, _) = self.both_encoders(tf.cast(x, tf.float32))
+        encoded, (mean, _) = self.both_encoders(pixels(x))
         z_1, _ = self.merge(encoded, self.lower_prior(mean))
         return self.likelihood.mean(super().decoder(z_1))
 
@@ -509,12 +519,14 @@ class Stein(VAE):
         """Returns n draws of z for each image: (n, batch, dim_z)."""
         h = self.features(x, keep_prob, seed)
         mean, log_var = halves(self.encoder_output(h))
-        noise = tf.random.stateless_normal((n, *mean.shape), seed)
+        noise = tf.random.stateless_normal(
+            (n, 1, self.dim_z), seed
+        )  # the same for all images, as in the paper
         bend = self.bend_output(tf.tanh(self.bend_x(h) + self.bend_noise(noise)))
         return mean + tf.exp(log_var / 2) * noise + bend
 
     def encoder(self, x, *, keep_prob=1.0, seed=None):
-        z = self.particles(x, self.FITTED, seed=(0, 0))
+        z = self.particles(x, self.FITTED, seed=(-1, -1))  # which no flag can give
         return tf.reduce_mean(z, axis=0), tf.math.log(tf.math.reduce_variance(z, axis=0) + 1e-6)
 
     def training_terms(self, x, x_corrupted, labels, *, seed, keep_prob, kl_weight):
@@ -528,7 +540,7 @@ class Stein(VAE):
         direction = svgd_direction(fixed, tape.gradient(log_joint, fixed), kl_weight)
         towards = -tf.reduce_mean(tf.reduce_sum(tf.stop_gradient(direction) * z, axis=-1), axis=0)
         log_var = tf.math.log(tf.math.reduce_variance(fixed, axis=0) + 1e-6)
-        kl = self.prior.kl_divergence(tf.reduce_mean(fixed, axis=0), log_var, fixed)
+        kl = self.prior.kl_divergence(tf.reduce_mean(fixed, axis=0), log_var, fixed[0])
         return towards - tf.stop_gradient(towards) - tf.reduce_mean(log_px, axis=0), tf.stop_gradient(kl)
 
 
@@ -566,7 +578,7 @@ class Labels(VAE):
         signs = 2 * tf.one_hot(labels, 10) - 1
         known = tf.cast(labels >= 0, tf.float32)
         hinge = known * tf.reduce_sum(tf.nn.relu(1 - signs * self.classifier(z)), axis=-1)
-        loss = self.WEIGHT * hinge * len(known) / tf.maximum(1.0, tf.reduce_sum(known))
+        loss = self.WEIGHT * hinge * known.shape[0] / tf.maximum(1.0, tf.reduce_sum(known))
         return reconstruction + loss - tf.stop_gradient(loss), kl
 
     def classify(self, x, n=50, seed=(0, 0)):
