@@ -54,14 +54,14 @@ def test_killed_at_random_moments_and_resumed_ends_in_the_same_bits(data_dir, tm
     (tmp_path / "data").symlink_to(data_dir)  # with all digits, as the processes read it
     flags = (*kills.FLAGS, f"--data_dir={tmp_path / 'data'}", "--num_epochs=8")
     assert run_main.main([*flags, f"--results_path={tmp_path / 'undisturbed'}"]) == 0
-    found = list(kills.try_kills(tmp_path, tmp_path / "undisturbed", flags, 3, random.Random(14)))
-    assert sum(n for n, _ in found) == 3
+    found = list(kills.try_kills(tmp_path, tmp_path / "undisturbed", flags, 2, random.Random(14)))
+    assert sum(n for n, _ in found) == 2
     assert [changed for _, changed in found if changed] == []
 
 
 @pytest.mark.parametrize(
     "name",
-    ["config.json", "epoch-1.npz", "log.csv", "epoch-3.npz", "input.png", "metrics.json", "vae.keras"],
+    ["config.json", "log.csv", "epoch-3.npz", "vae.keras"],
 )
 def test_killed_before_a_file_came_and_resumed_ends_in_the_same_bits(run, trained, tmp_path, name):
     folder = shutil.copytree(trained.parent / f"before_{name}", tmp_path / "run")
