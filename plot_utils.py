@@ -287,7 +287,7 @@ def elbo_curves(history, keep_prob):
     """PNG of the training and the validation ELBO by epoch, from the rows of log.csv."""
     figure = Figure((7, 5), dpi=DPI)
     axes = figure.add_axes((0.13, 0.1, 0.85, 0.88))
-    epochs, dropout = [row["epoch"] for row in history], "with" if keep_prob < 1 else "without"
+    epochs, dropout = [row["epoch"] for row in history], "with annealed" if keep_prob < 1 else "without"
     curves = {part: [row[f"{part}_elbo"] for row in history] for part in ("train", "valid")}
     axes.plot(epochs, curves["train"], "o--", markersize=3, label=f"training, {dropout} dropout")
     axes.plot(epochs, curves["valid"], "o-", markersize=3, label="validation, without dropout")

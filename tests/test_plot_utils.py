@@ -207,7 +207,7 @@ def test_elbo_curves_show_the_history_by_epoch(figures):
     assert training == [[1, -200], [2, -150], [3, -140]]
     assert validation == [[1, -180], [2, -145], [3, -138]]
     names = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert names == ["training, with dropout", "validation, without dropout"]
+    assert names == ["training, with annealed dropout", "validation, without dropout"]
     (axes,) = plot_utils.elbo_curves(HISTORY, 1).axes
     assert axes.get_legend().get_texts()[0].get_text() == "training, without dropout"
 
