@@ -160,6 +160,16 @@ def augment(images, seed):
     return np.concatenate([images, copies.reshape(n, 784)])
 
 
+def hide_labels(labels, n, seed):
+    """Returns labels, (n_digits,), with -1 for all but n of each class; with None for n, all of them."""
+    labels = labels.astype(np.int32)
+    if n:
+        order = np.random.default_rng(seed).permutation(len(labels))
+        told = [order[labels[order] == label][:n] for label in range(10)]
+        labels[np.setdiff1d(order, np.concatenate(told))] = -1
+    return labels
+
+
 def read_digits(paths, background):
     """Returns the digits in files and folders, (n, 784) float32 in [0, 1]; pictures are formatted as MNIST's.
 

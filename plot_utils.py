@@ -229,11 +229,9 @@ def latent_map(z, labels, axes_labels=("$z_1$", "$z_2$")):
     """PNG of points z: (n, 2) of the latent space, coloured by their labels: (n,) from 0 to 9."""
     figure = Figure((8, 7), dpi=DPI)
     axes = figure.add_axes((0.08, 0.08, 0.8, 0.9))  # a layout engine would take half of the time
-    for digit, colour in enumerate(COLOURS):
-        axes.scatter(*z[labels == digit].T, s=5, color=f"#{colour}", label=str(digit), linewidths=0)
+    scatter(axes, z, labels)
     axes.set_aspect("equal", "datalim")
     axes.set(xlabel=axes_labels[0], ylabel=axes_labels[1])
-    axes.legend(title="digit", markerscale=4, loc="center left", bbox_to_anchor=(1, 0.5))
     return file_content(figure.savefig, format="png")
 
 
@@ -269,18 +267,24 @@ def simplex(sticks, labels):
     corners = np.array([[0, 0], [1, 0], [0.5, math.sqrt(0.75)]])
     figure = Figure((8, 7), dpi=DPI)
     axes = figure.add_axes((0.05, 0.05, 0.83, 0.9))
-    for digit, colour in enumerate(COLOURS):
-        points = sticks[labels == digit] @ corners
-        axes.scatter(*points.T, s=5, color=f"#{colour}", label=str(digit), linewidths=0)
+    scatter(axes, sticks @ corners, labels)
     axes.plot(*corners[[0, 1, 2, 0]].T, color="black", linewidth=0.8)
-    for name, corner, align in zip(
-        ("first", "second", "rest"), corners, ("top", "top", "bottom"), strict=True
+    for corner, text, align in (
+        (corners[0], "first stick", "top"),
+        (corners[1], "second stick", "top"),
+        (corners[2], "the rest", "bottom"),
     ):
-        axes.text(*corner, f"{name} stick" if name != "rest" else "the rest", ha="center", va=align)
+        axes.text(*corner, text, ha="center", va=align)
     axes.set_aspect("equal")
     axes.set_axis_off()
-    axes.legend(title="digit", markerscale=4, loc="center left", bbox_to_anchor=(1, 0.5))
     return file_content(figure.savefig, format="png")
+
+
+def scatter(axes, points, labels):
+    """Draws points: (n, 2), coloured by their labels: (n,) from 0 to 9, with a legend."""
+    for digit, colour in enumerate(COLOURS):
+        axes.scatter(*points[labels == digit].T, s=5, color=f"#{colour}", label=str(digit), linewidths=0)
+    axes.legend(title="digit", markerscale=4, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def elbo_curves(history, keep_prob):

@@ -67,7 +67,6 @@ OPTIMIZERS = {  # name: (function from a learning rate to a Keras optimizer, lea
     "adam": (lambda rate: tf.keras.optimizers.Adam(learning_rate=rate), 0.002),  # loads TensorFlow when used
 }
 
-
 MODELS = {  # --model: the class in vae.py, the flags that only some models have, and their defaults
     "vae": ("VAE", {}),
     "iwae": ("IWAE", {"n_samples": 5}),
@@ -223,8 +222,8 @@ def check_together(flags):
     made = [name for name, flag in ONCE.items() if getattr(flags, flag) and goes_on and name in files]
     done = max(checkpoints(folder), default=0) if flags.resume and folder else 0
     others = {name for _, own in MODELS.values() for name in own} - MODELS[flags.model][1].keys()
-    given = {(name, getattr(flags, name)) for name in others} - {("n_samples", 1)}
-    alien = [f"--{name}" for name, value in sorted(given, key=str) if value is not None]
+    given = {name: getattr(flags, name) for name in sorted(others)}
+    alien = [f"--{name}" for name, value in given.items() if value and (name, value) != ("n_samples", 1)]
     for wrong, message in (
         (flags.load and flags.resume, "--resume trains on and --load does not train: take one of them"),
         (flags.resume and flags.overwrite, "--resume goes on with a run, --overwrite removes it: take one"),
@@ -285,8 +284,6 @@ def begin_run(flags, data):
     if flags.overwrite and folder != flags.load:
         names = ("log.csv", "metrics.json", "latent.npz", "vae.keras", *ONCE, *plot_utils.PICTURES)
         removed += [*(folder / name for name in names), *checkpoints(folder).values()]
-    if folders := [str(file) for file in removed if file.is_dir()]:
-        raise UserError(f"--overwrite cannot remove {', '.join(folders)}, a folder: move it")
     for file in removed:
         file.unlink(missing_ok=True)
     if folder != flags.load:
@@ -448,11 +445,7 @@ def make_digits(data, flags):
     seed = partial(tf.random.fold_in, [flags.seed, EVALUATION])
     valid = [np.asarray(images) for images in prepare(data.valid_images, flags, seed(0))]
     test = [np.asarray(images) for images in prepare(data.test_images, flags, seed(1))]
-    labels = data.train_labels.astype(np.int32)
-    if flags.n_labels:  # of each class; the others' are not told: -1
-        order = np.random.default_rng(flags.seed).permutation(len(labels))
-        told = [order[labels[order] == label][: flags.n_labels] for label in range(10)]
-        labels = np.where(np.isin(np.arange(len(labels)), np.concatenate(told)), labels, -1)
+    labels = mnist_data.hide_labels(data.train_labels, flags.n_labels, flags.seed)
     train_labels = np.tile(labels, len(train_images) // len(labels))  # copies of a digit have its label
     labels = {"train_labels": train_labels, "test_labels": data.test_labels}
     return argparse.Namespace(train_images=train_images, valid=valid, test=test, **labels)
@@ -691,9 +684,6 @@ def run(flags):
 
 def main(arguments=None):
     """Runs the program; returns its exit status."""
-    while (null := os.open(os.devnull, os.O_RDWR)) < 3:  # else a closed stream's number goes to the next file
-        pass
-    os.close(null)
     for stream in filter(None, (sys.stdout, sys.stderr)):
         getattr(stream, "reconfigure", dict)(errors="backslashreplace")  # names that it cannot encode
     try:

@@ -226,10 +226,11 @@ class VAE(keras.Model):
         return self.likelihood.log_prob_table(x, self.decoder(z)) + self.prior.log_prob(z)
 
     def log_marginal_likelihood_grid(self, x, x_corrupted):
-        """log p(x) in nats, (n,), by quadrature over the plane of dim_z 2: exact where p(z|x) is no narrower.
+        """log p(x) in nats, (n,), by quadrature over the plane of dim_z 2.
 
         The grid reaches beyond the farthest mean by six of its deviations, and to 5 at least; its spacing is
-        the smallest deviation, 0.05 at most, and no less than a thousandth of its width.
+        the smallest deviation, 0.05 at most, and no less than a thousandth of its width. This is exact where
+        p(z|x) is no narrower than the spacing.
         """
         mean, log_var = self.encoder(x_corrupted)
         std = tf.exp(log_var / 2)
@@ -466,9 +467,8 @@ class Ladder(VAE):
         return (reparameterize(*lower, seed), lower, prior), (z_2, (mean, log_var))
 
     def elbo_terms(self, x, x_corrupted, *, seed, keep_prob=1.0):
-        (z_1, (mean, log_var), (prior_mean, prior_log_var)), (z_2, upper) = self.path(
-            x_corrupted, 1, keep_prob, seed
-        )
+        lower, (z_2, upper) = self.path(x_corrupted, 1, keep_prob, seed)
+        z_1, (mean, log_var), (prior_mean, prior_log_var) = lower
         logits = super().decoder(z_1[0], keep_prob=keep_prob, seed=seed)
         distance = (tf.exp(log_var) + (mean - prior_mean) ** 2) / tf.exp(prior_log_var)
         kl = 0.5 * tf.reduce_sum(prior_log_var - log_var + distance - 1, axis=-1)
@@ -519,9 +519,7 @@ class Stein(VAE):
         """Returns n draws of z for each image: (n, batch, dim_z)."""
         h = self.features(x, keep_prob, seed)
         mean, log_var = halves(self.encoder_output(h))
-        noise = tf.random.stateless_normal(
-            (n, 1, self.dim_z), seed
-        )  # the same for all images, as in the paper
+        noise = tf.random.stateless_normal((n, 1, self.dim_z), seed)  # one for all images, as in the paper
         bend = self.bend_output(tf.tanh(self.bend_x(h) + self.bend_noise(noise)))
         return mean + tf.exp(log_var / 2) * noise + bend
 

@@ -70,14 +70,6 @@ def test_keras_settings_of_the_process_and_a_thread(plain, tmp_path):
     assert what_is_left(tmp_path / "run") == expected
 
 
-def test_closed_streams(plain, program, tmp_path):
-    """Without them, the next files would get their numbers, and what is printed would land there."""
-    expected, flags = plain
-    close = {"preexec_fn": lambda: [os.close(stream) for stream in (0, 1, 2)]}
-    assert program(*flags, "--results_path=run", **close).wait(timeout=120) == 0
-    assert what_is_left(tmp_path / "run") == expected
-
-
 def test_the_last_words_of_tensorflow_are_shown(program, data_dir):
     run = program(f"--data_dir={data_dir}", env={"TF_XLA_FLAGS": "--no_such_flag"})
     _, err = run.communicate(timeout=120)

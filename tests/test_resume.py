@@ -150,15 +150,6 @@ def test_a_run_without_a_finished_epoch_can_be_started_anew(run, tmp_path, capsy
     assert run("--num_epochs=1", f"--results_path={tmp_path}") == 2  # now there is something to lose
 
 
-def test_overwrite_finds_out_what_it_cannot_remove(run, copy, capsys):
-    (copy / "samples.png").unlink()
-    (copy / "samples.png").mkdir()
-    before = files(copy)
-    assert run("--overwrite", f"--results_path={copy}") == 2
-    assert "samples.png" in one_line(capsys.readouterr().err)
-    assert files(copy) == before
-
-
 def test_without_a_good_checkpoint_nothing_is_done(run, copy, capsys):
     for path in (copy / "checkpoint").iterdir():
         path.write_bytes(b"")
