@@ -503,11 +503,9 @@ def compile_training(strategy, state, digits, flags):
         seed = tf.random.fold_in(tf.stack([flags.seed, epoch]), step * n_replicas + replica)
         mine = tf.slice(batch, [replica * share], [share])
         x, x_corrupted = prepare(tf.gather(images, mine), flags, seed)
-        options = {
-            "seed": seed,
-            "keep_prob": 1 - drop_prob(optimizer.iterations) if flags.keep_prob < 1 else 1,
-            "kl_weight": kl_weight(optimizer.iterations) if flags.warm_up else flags.kl_weight,
-        }
+        keep_prob = 1 - drop_prob(optimizer.iterations) if flags.keep_prob < 1 else 1
+        weight = kl_weight(optimizer.iterations) if flags.warm_up else flags.kl_weight
+        options = {"seed": seed, "keep_prob": keep_prob, "kl_weight": weight}
         batch = x, x_corrupted, tf.gather(labels, mine)
         return sgd_step(training_terms, batch, network.trainable_variables, optimizer, flags, **options)
 
@@ -617,9 +615,8 @@ def generate(network, flags, folder):
 
 def reconstruct(network, x, flags, folder):
     """Writes what the network makes of one's own digits x: (n, 784): pictures, latent means, ELBO."""
-    z = network.encode(x)
     images = network.reconstruct(x).numpy()
-    found = {"images": plot_utils.grey_levels(images).reshape(-1, 28, 28), "z": z}
+    found = {"images": plot_utils.grey_levels(images).reshape(-1, 28, 28), "z": network.encode(x)}
     found["elbo"] = -sum(network.elbo_terms(x, x, seed=[flags.seed, EVALUATION]))
     if flags.n_importance:
         found["log_px"] = log_px(network, x, x, flags)

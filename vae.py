@@ -496,6 +496,12 @@ class Ladder(VAE):
         z_1 = reparameterize(*self.lower_prior(z_2), tf.random.fold_in(seed, Stream.UPPER))
         return z_2, super().decoder(z_1)
 
+    def test_metrics(self, x, labels):
+        """Returns what shows whether both layers are in use: z_2's part of the KL divergence, z_1's units."""
+        (_, (mean, _), _), (z_2, upper) = self.path(x, 1, 1.0, (0, 0))
+        kl = tf.reduce_mean(self.prior.kl_divergence(*upper, z_2))
+        return {"test_kl_upper": float(kl), "active_units_lower": int(active_units(mean[0]))}
+
 
 @keras.saving.register_keras_serializable("vae")
 class Stein(VAE):

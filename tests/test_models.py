@@ -152,6 +152,16 @@ def test_ladder_kl_divergence_is_the_mean_of_the_sampled_one(x):
         assert abs(closed.mean() - sampled.mean()) < 5 * error
 
 
+def test_ladder_says_what_each_layer_holds(x):
+    network = make_network("ladder")
+    measured = network.test_metrics(x, None)
+    mean, log_var = (np.asarray(array, float) for array in network.encoder(x))
+    kl = 0.5 * np.sum(mean**2 + np.exp(log_var) - log_var - 1, axis=1)
+    assert measured["test_kl_upper"] == pytest.approx(kl.mean(), rel=1e-4)
+    assert measured["test_kl_upper"] < np.mean(network.elbo_terms(x, x, seed=SEED)[1])
+    assert 0 <= measured["active_units_lower"] <= 4
+
+
 def test_ladder_reconstructs_through_both_layers(x):
     network = make_network("ladder")
     both, top = network.reconstruct(x), network.decode(network.encode(x))
@@ -236,7 +246,9 @@ def test_each_model_trains_and_leaves_what_it_should(run, tmp_path, name):
     network = keras.models.load_model(tmp_path / "vae.keras")
     assert type(network) is getattr(vae, run_main.MODELS[name][0])
     metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert ("test_error" in metrics) == (name == "labels")
+    own = {"labels": {"test_error"}, "ladder": {"test_kl_upper", "active_units_lower"}}
+    found = metrics.keys() & {"test_error", "test_kl_upper", "active_units_lower"}
+    assert found == own.get(name, set())
 
 
 def test_a_papers_model_is_resumed_to_the_same_bits(run, tmp_path, monkeypatch):
