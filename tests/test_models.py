@@ -228,8 +228,9 @@ PAPERS = [name for name in run_main.MODELS if name != "vae"]
 def test_log_px_lies_above_the_elbo_and_agrees_with_quadrature(x, name):
     network = make_network(name)
     log_px = network.log_marginal_likelihood(x, x, 2_000, seed=SEED).numpy()
-    elbos = -np.sum([network.elbo_terms(x, x, seed=[i, 1]) for i in range(200)], axis=1)
-    assert (log_px > elbos.mean(axis=0) - 0.3).all()
+    many = tf.repeat(x, 200, axis=0)
+    elbos = -np.sum(network.elbo_terms(many, many, seed=SEED), axis=0).reshape(len(x), 200)
+    assert (log_px > elbos.mean(axis=1) - 0.3).all()
     assert np.mean(log_px) > elbos.mean()
     if name != "ladder":  # whose plane is not all of z
         assert np.mean(log_px) == pytest.approx(np.mean(network.log_marginal_likelihood_grid(x, x)), abs=0.4)
@@ -251,7 +252,7 @@ def test_each_model_trains_and_leaves_what_it_should(run, tmp_path, name):
     assert found == own.get(name, set())
 
 
-def test_a_papers_model_is_resumed_to_the_same_bits(run, tmp_path, monkeypatch):
+def test_a_papers_model_is_resumed_to_the_same_bits(run, tmp_path):
     flags = [
         "--model=ladder",
         "--dim_z_lower=4",
@@ -261,18 +262,13 @@ def test_a_papers_model_is_resumed_to_the_same_bits(run, tmp_path, monkeypatch):
         "--PRR=False",
     ]
 
-    def save_and_die(state, folder):
-        save_checkpoint(state, folder)
-        raise KeyboardInterrupt
-
-    save_checkpoint = run_main.save_checkpoint
-    with monkeypatch.context() as patch:
-        patch.setattr(run_main, "save_checkpoint", save_and_die)
-        assert run(*flags, f"--results_path={tmp_path / 'killed'}") == 130
-    assert run("--resume", f"--results_path={tmp_path / 'killed'}") == 0
-    assert run(*flags, f"--results_path={tmp_path / 'whole'}") == 0
-    files = [run_main.checkpoints(tmp_path / name)[2] for name in ("killed", "whole")]
-    with np.load(files[0]) as arrays, np.load(files[1]) as expected:
+    assert run(*flags, f"--results_path={tmp_path}") == 0
+    file = run_main.checkpoints(tmp_path)[2]
+    with np.load(file) as arrays:
+        expected = dict(arrays)
+    file.unlink()  # as if killed in the second epoch
+    assert run("--resume", f"--results_path={tmp_path}") == 0
+    with np.load(file) as arrays:
         assert set(arrays) == set(expected)
         for part in set(expected) - {"history"}:  # the log, with seconds
             np.testing.assert_array_equal(arrays[part], expected[part])
