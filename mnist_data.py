@@ -161,7 +161,7 @@ def augment(images, seed):
 
 
 def hide_labels(labels, n, seed):
-    """Returns labels, (n_digits,), with -1 for all but n of each class; with None for n, all of them."""
+    """Returns labels, (n_digits,) int32, with -1 for all but n of each class; None for n hides none."""
     labels = labels.astype(np.int32)
     if n:
         order = np.random.default_rng(seed).permutation(len(labels))

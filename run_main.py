@@ -496,12 +496,12 @@ def compile_training(strategy, state, digits, flags):
     drop_prob = linear(1 - flags.keep_prob, max(1, int(ANNEALED * flags.num_epochs * n_steps)), 0.0)
     kl_weight = linear(0.0, max(1, flags.warm_up * n_steps), flags.kl_weight)
 
-    def replica_step(batch, epoch, step):
+    def replica_step(indices, epoch, step):
         """A replica's part of a step: its share of the mini-batch, and random numbers of its own."""
         replica = tf.distribute.get_replica_context().replica_id_in_sync_group
         share = flags.batch_size // n_replicas
         seed = tf.random.fold_in(tf.stack([flags.seed, epoch]), step * n_replicas + replica)
-        mine = tf.slice(batch, [replica * share], [share])
+        mine = tf.slice(indices, [replica * share], [share])
         x, x_corrupted = prepare(tf.gather(images, mine), flags, seed)
         keep_prob = 1 - drop_prob(optimizer.iterations) if flags.keep_prob < 1 else 1
         weight = kl_weight(optimizer.iterations) if flags.warm_up else flags.kl_weight

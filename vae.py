@@ -343,19 +343,23 @@ class IWAE(VAE):
         shares = tf.stop_gradient(tf.nn.softmax(log_px + kl_weight * minus_kl, axis=0))
         bound = tf.reduce_logsumexp(log_px + minus_kl, axis=0) - math.log(k)
         reconstruction, kl = (-tf.reduce_sum(shares * term, axis=0) for term in (log_px, minus_kl))
+        # Their sum is -L_k; their gradient is that of the weighted terms.
         return reconstruction, kl + tf.stop_gradient(-bound - reconstruction - kl)
 
 
 class GaussianPixels(Bernoulli):
-    """p(x|z) = N(x; sigmoid(logits), std^2 I): a density of grey levels, so log p(x) has another unit."""
+    """p(x|z) = N(x; sigmoid(logits), std^2 I): a density of grey levels, so log p(x) has another unit.
 
-    def __init__(self, log_std):
-        self.trained = log_std  # one number
+    Shapes, mean and output_bias are Bernoulli's.
+    """
+
+    def __init__(self, raw_std):
+        self.raw_std = raw_std  # one number, any real one
 
     @property
     def log_std(self):
-        """No less than log(1/255): a smaller std says more than grey levels have."""
-        return tf.maximum(self.trained, -math.log(255))
+        """Above log(1/255): a smaller std would say more than grey levels have."""
+        return tf.nn.softplus(self.raw_std) - math.log(255)
 
     def log_prob(self, x, logits):
         return log_normal(x, tf.sigmoid(logits), 2 * self.log_std)
@@ -372,18 +376,18 @@ class GaussianPixels(Bernoulli):
 
 @keras.saving.register_keras_serializable("vae")
 class LeastSquares(VAE):
-    """Least squares: Ramachandra, arXiv:1707.03134, in its neutral reading.
+    """Least squares: Ramachandra, arXiv:1707.03134, of which only the abstract was at hand.
 
-    The reconstruction error is sum (x - x^)^2 / (2 std^2) + 392 log(2 pi std^2): Gaussian pixels in place of
-    Bernoulli ones. std is trained with the rest, so that no weight between error and KL has to be chosen;
-    the KL divergence is the regularization.
+    Read here as Gaussian pixels in place of Bernoulli ones, with the KL divergence as the regularization. The
+    reconstruction error is sum (x - x^)^2 / (2 std^2) + 392 log(2 pi std^2). std is trained with the rest, so
+    that no weight between error and KL divergence has to be chosen.
     """
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
-        initial = keras.initializers.Constant(math.log(0.2))
-        self.log_std = self.add_weight((), initial, name="log_std")
-        self.likelihood = GaussianPixels(self.log_std)
+        initial = keras.initializers.Constant(math.log(255 * 0.2 - 1))  # std 0.2
+        self.raw_std = self.add_weight((), initial, name="raw_std")
+        self.likelihood = GaussianPixels(self.raw_std)
 
 
 @keras.saving.register_keras_serializable("vae")
@@ -418,10 +422,11 @@ class Ladder(VAE):
 
     p(z_2) = N(0, I), p(z_1|z_2) a Gaussian by a network, p(x|z_1) the decoder. q(z_1|z_2, x) is the product
     of p(z_1|z_2) and the encoder's Gaussian: precisions add (equations 17 and 18). z_2, of dim_z numbers, is
-    what encode and decode speak of; z_1 has dim_z_lower numbers.
+    what encode and decode speak of; z_1 has dim_z_lower numbers. The paper has up to five layers, and batch
+    normalization.
     """
 
-    log_joint = log_marginal_likelihood_grid = None  # z_2 leaves z_1 open
+    log_joint = log_marginal_likelihood_grid = None  # z_2 alone gives no p(x|z)
 
     def __init__(self, dim_z=2, n_hidden=500, mean_image=0.5, seed=0, dim_z_lower=64):
         super().__init__(dim_z_lower, n_hidden, mean_image, seed, dim_z_lower=dim_z_lower)
@@ -432,7 +437,7 @@ class Ladder(VAE):
             dense("down_1", dim_z, n_hidden, "tanh"),
             dense("down_2", n_hidden, n_hidden, "elu"),
         ]
-        self.lower_output = dense("z_1_mean_and_log_var", n_hidden, 2 * dim_z_lower, kernel=small)
+        self.lower_output = dense("z_1_prior_mean_and_log_var", n_hidden, 2 * dim_z_lower, kernel=small)
 
     def encoder(self, x, *, keep_prob=1.0, seed=None):
         return self.both_encoders(x, keep_prob, seed)[1]
@@ -467,13 +472,16 @@ class Ladder(VAE):
         return (reparameterize(*lower, seed), lower, prior), (z_2, (mean, log_var))
 
     def elbo_terms(self, x, x_corrupted, *, seed, keep_prob=1.0):
-        lower, (z_2, upper) = self.path(x_corrupted, 1, keep_prob, seed)
-        z_1, (mean, log_var), (prior_mean, prior_log_var) = lower
+        (z_1, lower, prior), (z_2, upper) = self.path(x_corrupted, 1, keep_prob, seed)
         logits = super().decoder(z_1[0], keep_prob=keep_prob, seed=seed)
-        distance = (tf.exp(log_var) + (mean - prior_mean) ** 2) / tf.exp(prior_log_var)
-        kl = 0.5 * tf.reduce_sum(prior_log_var - log_var + distance - 1, axis=-1)
-        kl += self.prior.kl_divergence(*upper, z_2)
+        kl = tf.reduce_sum(self.lower_kl(lower, prior), axis=-1) + self.prior.kl_divergence(*upper, z_2)
         return -self.likelihood.log_prob(x, logits), kl[0]
+
+    def lower_kl(self, lower, prior):
+        """KL[q(z_1|z_2, x) || p(z_1|z_2)] of each unit, (..., dim_z_lower), from their means and log_vars."""
+        (mean, log_var), (prior_mean, prior_log_var) = lower, prior
+        distance = (tf.exp(log_var) + (mean - prior_mean) ** 2) / tf.exp(prior_log_var)
+        return 0.5 * (prior_log_var - log_var + distance - 1)
 
     def weight_terms(self, x, x_corrupted, n, *, seed, keep_prob=1.0):
         (z_1, lower, prior), (z_2, upper) = self.path(x_corrupted, n, keep_prob, seed)
@@ -497,20 +505,21 @@ class Ladder(VAE):
         return z_2, super().decoder(z_1)
 
     def test_metrics(self, x, labels):
-        """Returns what shows whether both layers are in use: z_2's part of the KL divergence, z_1's units."""
-        (_, (mean, _), _), (z_2, upper) = self.path(x, 1, 1.0, (0, 0))
+        """Returns z_2's part of the KL divergence, and how many units of z_1 have 0.01 nats of the rest."""
+        (_, lower, prior), (z_2, upper) = self.path(x, 1, 1.0, (0, 0))
         kl = tf.reduce_mean(self.prior.kl_divergence(*upper, z_2))
-        return {"test_kl_upper": float(kl), "active_units_lower": int(active_units(mean[0]))}
+        used = tf.reduce_mean(self.lower_kl(lower, prior)[0], axis=0) > 0.01
+        return {"test_kl_upper": float(kl), "active_units_lower": int(tf.math.count_nonzero(used))}
 
 
 @keras.saving.register_keras_serializable("vae")
 class Stein(VAE):
     """Stein VAE: Pu et al., arXiv:1704.05155, with one decoder where the paper has samples of its weights.
 
-    The encoder is no density but draws particles z_j = f(x, xi_j), xi_j ~ N(0, I), here a Gaussian's that a
-    network bends. They are trained to go where Stein variational gradient descent moves them:
-    phi(z_j) = 1/M sum_i [k(z_i, z_j) grad log p(x, z_i) + grad_{z_i} k(z_i, z_j)], M = n_samples. What is
-    measured takes the Gaussian fitted to FITTED particles for q, so that bounds are bounds.
+    The encoder has no density: it draws particles z_j = f(x, xi_j), xi_j ~ N(0, I), here mean + std * xi_j
+    plus the output of a small network of x and xi_j. They are trained to go where Stein variational gradient
+    descent moves them: phi(z_j) = 1/M sum_i [k(z_i, z_j) grad log p(x, z_i) + grad_{z_i} k(z_i, z_j)],
+    M = n_samples. In evaluation, q is the Gaussian fitted to FITTED particles, so that the ELBO is a bound.
     """
 
     FITTED = 64
@@ -530,6 +539,7 @@ class Stein(VAE):
         return mean + tf.exp(log_var / 2) * noise + bend
 
     def encoder(self, x, *, keep_prob=1.0, seed=None):
+        """The Gaussian fitted to particles: always the same ones, without dropout."""
         z = self.particles(x, self.FITTED, seed=(-1, -1))  # which no flag can give
         return tf.reduce_mean(z, axis=0), tf.math.log(tf.math.reduce_variance(z, axis=0) + 1e-6)
 
@@ -545,13 +555,15 @@ class Stein(VAE):
         towards = -tf.reduce_mean(tf.reduce_sum(tf.stop_gradient(direction) * z, axis=-1), axis=0)
         log_var = tf.math.log(tf.math.reduce_variance(fixed, axis=0) + 1e-6)
         kl = self.prior.kl_divergence(tf.reduce_mean(fixed, axis=0), log_var, fixed[0])
+        # `towards` has a gradient only; what is logged are the particles' error and their Gaussian's KL.
         return towards - tf.stop_gradient(towards) - tf.reduce_mean(log_px, axis=0), tf.stop_gradient(kl)
 
 
 def svgd_direction(z, score, repulsion=1.0):
-    """Returns where Stein's gradient descent moves particles z: (n, batch, dim_z), from their score.
+    """Returns where Stein variational gradient descent moves particles z; all are (n, batch, dim_z).
 
-    Liu and Wang, arXiv:1608.04471, with the kernel exp(-r^2 / h) and h the mean of r^2 over the pairs.
+    score: the gradient of log p(x, z). repulsion: weight of what keeps particles apart. Liu and Wang,
+    arXiv:1608.04471, with the kernel exp(-r^2 / h); h is the mean of r^2 over the pairs, not the median.
     """
     n = z.shape[0]
     apart = z[:, None] - z[None]  # (i, j, batch, dim_z)
@@ -566,11 +578,12 @@ def svgd_direction(z, score, repulsion=1.0):
 class Labels(VAE):
     """Images and labels: Pu et al., arXiv:1609.08976, without their convolutions and captions.
 
-    A linear support vector machine reads the label from z, and its hinge loss, one class against the others,
-    trains the encoder, too, through the digits whose label is told: L = xi E_q[log p(y|z)] - (-ELBO).
+    A linear support vector machine, one class against the others, reads the label from z. Its hinge loss
+    trains the encoder, too, through the labelled digits: what is maximized is ELBO - xi E_q[hinge(y, z)]. The
+    paper has xi E_q[log p(y|z)], with p of a Bayesian support vector machine.
     """
 
-    WEIGHT = 80.0  # xi, of the mean loss of a mini-batch's labelled digits: 784 pixels to 10 classes
+    WEIGHT = 80.0  # xi: 784 pixels to 10 classes, rounded; of the mean loss of a mini-batch's labelled digits
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
@@ -583,7 +596,7 @@ class Labels(VAE):
         known = tf.cast(labels >= 0, tf.float32)
         hinge = known * tf.reduce_sum(tf.nn.relu(1 - signs * self.classifier(z)), axis=-1)
         loss = self.WEIGHT * hinge * known.shape[0] / tf.maximum(1.0, tf.reduce_sum(known))
-        return reconstruction + loss - tf.stop_gradient(loss), kl
+        return reconstruction + loss - tf.stop_gradient(loss), kl  # what is logged stays the ELBO
 
     def classify(self, x, n=50, seed=(0, 0)):
         """Returns the labels, (batch,), that images have on average over n draws of z."""

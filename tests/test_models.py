@@ -80,7 +80,7 @@ def test_a_weight_on_the_kl_divergence_is_in_the_loss_and_not_in_the_terms(x):
 
 
 def test_least_squares_density_integrates_to_one():
-    likelihood = vae.GaussianPixels(tf.Variable(np.log(0.3), dtype=tf.float32))
+    likelihood = vae.GaussianPixels(tf.constant(np.log(255 * 0.3 - 1), tf.float32))
 
     def density(x):
         return float(tf.exp(likelihood.log_prob(tf.constant([[x]], tf.float32), tf.constant([[0.4]])))[0])
@@ -89,7 +89,7 @@ def test_least_squares_density_integrates_to_one():
 
 
 def test_least_squares_table_has_the_densities_of_all_pairs(x):
-    likelihood = vae.GaussianPixels(tf.Variable(np.log(0.3), dtype=tf.float32))
+    likelihood = vae.GaussianPixels(tf.constant(np.log(255 * 0.3 - 1), tf.float32))
     logits = tf.random.stateless_normal((5, 784), SEED)
     expected = [[likelihood.log_prob(image[None], row[None])[0] for row in logits] for image in x]
     np.testing.assert_allclose(likelihood.log_prob_table(x, logits), expected, rtol=1e-4)
@@ -159,7 +159,13 @@ def test_ladder_says_what_each_layer_holds(x):
     kl = 0.5 * np.sum(mean**2 + np.exp(log_var) - log_var - 1, axis=1)
     assert measured["test_kl_upper"] == pytest.approx(kl.mean(), rel=1e-4)
     assert measured["test_kl_upper"] < np.mean(network.elbo_terms(x, x, seed=SEED)[1])
-    assert 0 <= measured["active_units_lower"] <= 4
+    assert measured["active_units_lower"] > 0
+    network.encoder_output.bias.assign([0.0] * 4 + [50.0] * 4)  # z_1's encoder says nothing
+    measured = network.test_metrics(x, None)
+    assert measured["test_kl_upper"] == pytest.approx(
+        np.mean(network.elbo_terms(x, x, seed=SEED)[1]), rel=1e-4
+    )
+    assert measured["active_units_lower"] == 0
 
 
 def test_ladder_reconstructs_through_both_layers(x):
@@ -189,17 +195,22 @@ def test_svgd_particles_have_the_variance_of_a_known_gaussian(n, low, high):
     assert low < np.mean(np.var(z, axis=0)) < high
 
 
-def test_stein_trains_the_encoder_by_the_direction_alone(x):
-    """Where all is at rest, the encoder gets no gradient; the decoder gets that of the reconstruction."""
+def test_stein_trains_the_encoder_by_the_direction_alone(x, monkeypatch):
+    """Where particles are at rest, the encoder gets no gradient, and the decoder that of the error."""
     network = make_network("stein")
-    names = [variable.path for variable in network.trainable_variables]
+    encoder = sum(int(np.prod(v.shape)) for layer in network.encoder_hidden for v in layer.weights)
+    assert np.linalg.norm(gradient(network, x)[:encoder]) > 0
+    monkeypatch.setattr(vae, "svgd_direction", lambda z, score, repulsion: tf.zeros_like(z))
+    z = network.particles(x, 6, seed=SEED)
     with tf.GradientTape() as tape:
-        terms = network.training_terms(x, x, None, seed=SEED, keep_prob=1, kl_weight=1.0)
-        loss = tf.reduce_mean(sum(terms))
-    found = dict(zip(names, tape.gradient(loss, network.trainable_variables), strict=True))
-    assert all(part is not None for part in found.values())
-    assert float(tf.norm(found["encoder_1/kernel"])) > 0
-    assert float(tf.norm(found["decoder_output/kernel"])) > 0
+        error = -tf.reduce_mean([network.likelihood.log_prob(x, network.decoder(part)) for part in z])
+    decoder = [*network.decoder_hidden[0].trainable_variables, *network.decoder_output.trainable_variables]
+    expected = tape.gradient(error, decoder)
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_mean(sum(network.training_terms(x, x, None, seed=SEED, keep_prob=1, kl_weight=1.0)))
+    for found, wanted in zip(tape.gradient(loss, decoder), expected, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-5)
+    assert (gradient(network, x)[:encoder] == 0).all()
 
 
 # --- labels -------------------------------------------------------------------------------------------
