@@ -67,8 +67,7 @@ class Scene:
         n = flags.PRR_n_img_x * flags.PRR_n_img_y
         self.grid = flags.PRR_n_img_x, flags.PRR_n_img_y, flags.PRR_resize_factor
         self.clean, self.inputs = digits.test
-        x = self.clean
-        self.x, self.x_corrupted, self.labels = x[:n], self.inputs[:n], digits.test_labels
+        self.x, self.x_corrupted, self.labels = self.clean[:n], self.inputs[:n], digits.test_labels
         self.mean = np.concatenate([self.network.encode(part) for part in np.array_split(self.inputs, 10)])
 
     def decode(self, z):

@@ -193,8 +193,7 @@ class VAE(keras.Model):
 
     def weight_terms(self, x, x_corrupted, n, *, seed, keep_prob=1.0):
         """log p(x|z) and log [p(z) / q(z|x)] for n samples z ~ q(z|x) per image: (n, batch) each, in nats."""
-        q = self.encoder(x_corrupted, keep_prob=keep_prob, seed=seed)
-        mean, log_var = (tf.broadcast_to(array, (n, *array.shape)) for array in q)
+        mean, log_var = repeated(self.encoder(x_corrupted, keep_prob=keep_prob, seed=seed), n)
         z = reparameterize(mean, log_var, seed)
         logits = self.decoder(tf.reshape(z, (-1, self.dim_z)), keep_prob=keep_prob, seed=seed)
         log_px = self.likelihood.log_prob(x, tf.reshape(logits, (n, *x.shape)))
@@ -284,6 +283,11 @@ def halves(array):
     """Returns the two halves of the last axis: mean and log_var."""
     n = array.shape[-1] // 2
     return array[..., :n], array[..., n:]
+
+
+def repeated(arrays, n):
+    """Returns each of the arrays, (...), n times: (n, ...)."""
+    return [tf.broadcast_to(array, (n, *array.shape)) for array in arrays]
 
 
 @tf.function(jit_compile=True, autograph=False)
@@ -465,7 +469,7 @@ class Ladder(VAE):
     def path(self, x, n, keep_prob, seed):
         """Returns draws of both layers, (n, batch, ...), z_1 first: each z with its q and its prior."""
         encoded, upper = self.both_encoders(x, keep_prob, seed)
-        mean, log_var = (tf.broadcast_to(array, (n, *array.shape)) for array in upper)
+        mean, log_var = repeated(upper, n)
         z_2 = reparameterize(mean, log_var, tf.random.fold_in(seed, Stream.UPPER))
         prior = self.lower_prior(z_2)
         lower = self.merge(encoded, prior)
@@ -540,7 +544,10 @@ class Stein(VAE):
 
     def encoder(self, x, *, keep_prob=1.0, seed=None):
         """The Gaussian fitted to particles: always the same ones, without dropout."""
-        z = self.particles(x, self.FITTED, seed=(-1, -1))  # which no flag can give
+        return self.fitted(self.particles(x, self.FITTED, seed=(-1, -1)))  # a seed that no flag can give
+
+    def fitted(self, z):
+        """Returns mean and log_var, (batch, dim_z) each, of the Gaussian fitted to z: (n, batch, dim_z)."""
         return tf.reduce_mean(z, axis=0), tf.math.log(tf.math.reduce_variance(z, axis=0) + 1e-6)
 
     def training_terms(self, x, x_corrupted, labels, *, seed, keep_prob, kl_weight):
@@ -553,8 +560,7 @@ class Stein(VAE):
             log_joint = log_px + kl_weight * self.prior.log_prob(fixed)
         direction = svgd_direction(fixed, tape.gradient(log_joint, fixed), kl_weight)
         towards = -tf.reduce_mean(tf.reduce_sum(tf.stop_gradient(direction) * z, axis=-1), axis=0)
-        log_var = tf.math.log(tf.math.reduce_variance(fixed, axis=0) + 1e-6)
-        kl = self.prior.kl_divergence(tf.reduce_mean(fixed, axis=0), log_var, fixed[0])
+        kl = self.prior.kl_divergence(*self.fitted(fixed), fixed[0])
         # `towards` has a gradient only; what is logged are the particles' error and their Gaussian's KL.
         return towards - tf.stop_gradient(towards) - tf.reduce_mean(log_px, axis=0), tf.stop_gradient(kl)
 
@@ -600,7 +606,7 @@ class Labels(VAE):
 
     def classify(self, x, n=50, seed=(0, 0)):
         """Returns the labels, (batch,), that images have on average over n draws of z."""
-        mean, log_var = (tf.broadcast_to(array, (n, *array.shape)) for array in self.encoder(x))
+        mean, log_var = repeated(self.encoder(x), n)
         scores = tf.reduce_mean(self.classifier(reparameterize(mean, log_var, seed)), axis=0)
         return tf.argmax(scores, axis=-1)
 
