@@ -96,7 +96,7 @@ class Scene:
 
         Beyond two dimensions, the latent means on their first two principal components.
         """
-        n, centred = self.flags.PMLR_n_samples or 5_000, self.mean - self.mean.mean(axis=0)
+        n, centred = self.flags.PMLR_n_samples, self.mean - self.mean.mean(axis=0)
         if self.mean.shape[1] == 2:
             return self.mean[:n], self.labels[:n], ("$z_1$", "$z_2$")
         variances, components = np.linalg.eigh(np.cov(centred.T))
@@ -124,7 +124,7 @@ class Scene:
     @property
     def sticks(self):
         """The three sticks that the test digits' latent means stand for, (n, 3), and the labels, (n,)."""
-        n = self.flags.PMLR_n_samples or 5_000
+        n = self.flags.PMLR_n_samples
         return self.network.sticks(self.mean[:n]).numpy(), self.labels[:n]
 
     @property
@@ -159,8 +159,8 @@ def image_grid(images, n_x, n_y, resize_factor=1.0):
 
 def comparison(batches, n_x, n_y, resize_factor=1.0):
     """PNG of batches of images, (n_x * n_y, 784): below each of the first its counterparts in the others."""
-    rows = [np.split(tile(images, n_x, n_y, resize_factor), n_y) for images in batches]
-    groups = np.stack([np.concatenate(group) for group in zip(*rows, strict=True)])
+    pictures = [tile(images, n_x, n_y, resize_factor) for images in batches]
+    groups = np.concatenate([picture.reshape(n_y, -1, picture.shape[1]) for picture in pictures], axis=1)
     groups = np.pad(groups, ((0, 0), (0, GAP), (0, 0)), constant_values=255)
     return png(np.concatenate(groups)[:-GAP])
 
@@ -257,7 +257,7 @@ def posterior(x, windows, log_joints, means, stds, particles=None):
         inset = axes.inset_axes((0.02, 0.72, 0.26, 0.26))
         inset.imshow(x[i].reshape(28, 28), cmap="gray")
         inset.set_axis_off()
-    figure.tight_layout()
+    figure.subplots_adjust(0.04, 0.05, 0.99, 0.98)  # a layout engine would take a second
     return file_content(figure.savefig, format="png")
 
 
@@ -268,12 +268,9 @@ def simplex(sticks, labels):
     axes = figure.add_axes((0.05, 0.05, 0.83, 0.9))
     scatter(axes, sticks @ corners, labels)
     axes.plot(*corners[[0, 1, 2, 0]].T, color="black", linewidth=0.8)
-    for corner, text, align in (
-        (corners[0], "first stick", "top"),
-        (corners[1], "second stick", "top"),
-        (corners[2], "the rest", "bottom"),
-    ):
-        axes.text(*corner, text, ha="center", va=align)
+    names, aligned = ("first stick", "second stick", "the rest"), ("top", "top", "bottom")
+    for corner, name, align in zip(corners, names, aligned, strict=True):
+        axes.text(*corner, name, ha="center", va=align)
     axes.set_aspect("equal")
     axes.set_axis_off()
     return file_content(figure.savefig, format="png")

@@ -36,7 +36,7 @@ say = partial(print, flush=True)
 
 EVALUATION, GENERATION = 0, -1  # in place of an epoch in the seeds of random numbers; epochs count from 1
 
-# The recipe: 20 epochs of SGD at dim_z 2 give a test ELBO of -138.3.
+# The recipe: 20 epochs of SGD at dim_z 2 give a test ELBO of -138.3 (median of three seeds).
 MOMENTUM = 0.98  # Nesterov's
 # In the first epochs, gradient norms range from 1 (biases) to 50 (the encoder's output layer), so each is
 # clipped on its own: with all clipped by one common norm, the ELBO is -148.
@@ -46,7 +46,7 @@ ANNEALED = 0.5  # the share of the run during which dropout declines to nothing
 
 def clip(gradient):
     """Returns a weight matrix's or bias vector's gradient, scaled down where its norm is above CLIP_NORM."""
-    # XLA gives a matrix's norm to one core, but shares out norms of 16 numbers. It saves a sixth of an epoch.
+    # XLA computes one large norm on one core, but many small ones on all. It saves a sixth of an epoch.
     rows = tf.reshape(gradient, (math.gcd(gradient.shape.num_elements(), 16), -1))
     norm = tf.norm(tf.norm(rows, axis=0))
     return gradient * (CLIP_NORM / tf.maximum(norm, CLIP_NORM))
@@ -100,8 +100,8 @@ def path(text):
 
 whole, real, switch = partial(number, int), partial(number, float), (True, False)
 
-# Which value counts when --resume or --load goes on with a run. OWN: the run's, another is refused. KEPT: the
-# run's unless given again. RESUMED: the same for --resume, but not for --load. COMMAND: the command's only.
+# Where a flag's value comes from when a run is resumed or loaded. OWN: the run, and another is refused. KEPT:
+# the run, unless given again. RESUMED: the same for --resume, but not for --load. COMMAND: the command only.
 OWN, KEPT, RESUMED, COMMAND = "own", "kept", "resumed", "command"
 
 FLAGS = {  # group: (name, argparse type or choices, default, whose, help)
@@ -112,11 +112,11 @@ FLAGS = {  # group: (name, argparse type or choices, default, whose, help)
         ("keep_prob", real(0.001, 1), 0.9, OWN, "dropout keep probability at the start; 1 is no dropout"),
     ),
     "training": (
-        ("kl_weight", real(0, 1_000), 1.0, OWN, "of the KL divergence, in training"),
+        ("kl_weight", real(0, 1_000), 1.0, OWN, "weight of the KL divergence in training"),
         ("warm_up", whole(0), 0, OWN, "epochs over which that weight rises from 0"),
-        ("n_samples", whole(1, 1_000), None, OWN, "of z to train with (default: iwae 5, stein 20, others 1)"),
+        ("n_samples", whole(1, 1_000), None, OWN, "samples of z to train with (default: iwae 5, stein 20)"),
         ("dim_z_lower", whole(1, 10_000), None, OWN, "length of the ladder's lower z (default: 64)"),
-        ("n_labels", whole(1), None, OWN, "digits of each class whose label is told (default: all)"),
+        ("n_labels", whole(1), None, OWN, "labelled digits of each class (default: all)"),
         ("optimizer", tuple(OPTIMIZERS), "sgd", OWN, "SGD with momentum and clipped gradients, or Adam"),
         ("learn_rate", real(1e-12, 1e6), None, OWN, "at the start (default: 0.02 for sgd, 0.002 for adam)"),
         ("num_epochs", whole(1), 20, OWN, "passes through the training digits; --resume may change it"),
@@ -138,12 +138,12 @@ FLAGS = {  # group: (name, argparse type or choices, default, whose, help)
         ("PRR_resize_factor", real(0.04, 3), 1.0, KEPT, "size of a digit in units of 28 pixels"),
     ),
     "PMLR: plot manifold learning result": (
-        ("PMLR", switch, None, KEPT, "draw the decoded plane (default: at --dim_z 2); False: and no map"),
+        ("PMLR", switch, None, KEPT, "draw the decoded plane (default: at --dim_z 2); False: no map either"),
         ("PMLR_n_img_x", whole(1, 50), 20, KEPT, "digits from left to right"),
         ("PMLR_n_img_y", whole(1, 50), 20, KEPT, "digits from top to bottom"),
         ("PMLR_resize_factor", real(0.04, 3), 1.0, KEPT, "size of a digit in units of 28 pixels"),
         ("PMLR_z_range", real(0.001, 8), 3.0, KEPT, "the manifold shows z from minus this to this"),
-        ("PMLR_n_samples", whole(1, mnist_data.N_TEST), None, KEPT, "digits on the map (default: 5000)"),
+        ("PMLR_n_samples", whole(1, mnist_data.N_TEST), 5_000, KEPT, "digits on the map, or all"),
         ("animate", switch, False, KEPT, "keep how the manifold forms in manifold.gif, a frame per epoch"),
     ),
     "run, and what to do with it afterwards": (
@@ -192,8 +192,8 @@ def parse_flags(arguments=None):
         recorded = read_json(run / "config.json").get("flags")
         if not isinstance(recorded, dict) or recorded.get("load"):
             raise UserError(f"{run} has no run that was trained there, or its config.json is damaged")
-        names = {**WHOSE, **recorded}  # a flag that only one of them knows may change what a run is
-        if differing := [n for n in names if (n in recorded) != (n in WHOSE) and WHOSE.get(n, OWN) == OWN]:
+        needed = {name for name, whose in WHOSE.items() if whose == OWN}
+        if differing := sorted((needed - recorded.keys()) | (recorded.keys() - WHOSE.keys())):
             raise UserError(f"the run in {run} is of code with other flags: --{', --'.join(differing)}")
         kinds = (OWN, KEPT, RESUMED) if flags.resume else (OWN, KEPT)
         kept = [f"--{n}={recorded[n]}" for n in WHOSE if WHOSE[n] in kinds and recorded.get(n) is not None]
@@ -215,12 +215,12 @@ def parse_flags(arguments=None):
 
 def check_together(flags):
     """Raises UserError for the first flags that do not fit each other or what is on disk."""
-    folder, epochs, plane = flags.results_path, flags.num_epochs, flags.PMLR and flags.dim_z == 2
+    folder, epochs, plane = flags.results_path, flags.num_epochs, flags.dim_z == 2
     files = [file.name for file in folder.glob("[!.]*")] if folder else []
     run = "config.json" in files and "data_sha256" in read_json(folder / "config.json")
-    begun, goes_on = run and "log.csv" in files, flags.resume or folder == flags.load
-    made = [name for name, flag in ONCE.items() if getattr(flags, flag) and goes_on and name in files]
-    done = max(checkpoints(folder), default=0) if flags.resume and folder else 0
+    done = max(checkpoints(folder), default=0) if run else 0
+    begun, goes_on = run and (done or "log.csv" in files), flags.resume or folder == flags.load
+    made = [name for name, flag in ONCE.items() if getattr(flags, flag) and name in files]
     others = {name for _, own in MODELS.values() for name in own} - MODELS[flags.model][1].keys()
     given = {name: getattr(flags, name) for name in sorted(others)}
     alien = [f"--{name}" for name, value in given.items() if value and (name, value) != ("n_samples", 1)]
@@ -230,9 +230,9 @@ def check_together(flags):
         (flags.resume and not folder, "--resume needs the run's folder: name it with --results_path"),
         (flags.load and not checkpoints(flags.load), f"--load {flags.load} has no finished epoch"),
         (flags.load and flags.distribute != "none", "--distribute is for training, which --load does not do"),
-        (epochs < done, f"--num_epochs {epochs}: the run in {folder} has {done} already; take no fewer"),
+        (flags.resume and epochs < done, f"--num_epochs {epochs}: {folder} has {done}; take no fewer"),
         (flags.PMLR and not plane, f"--PMLR draws a plane, and --dim_z is {flags.dim_z}: leave one out"),
-        (flags.animate and not plane, "--animate shows the manifold: it needs --PMLR and --dim_z 2"),
+        (flags.animate and not plane, "--animate shows the manifold: it needs --dim_z 2"),
         (flags.animate and epochs > 100, "--animate: take --num_epochs 100 or fewer"),
         (alien, f"--model {flags.model} has no {' and no '.join(alien)}: leave it out"),
         (flags.binarize and flags.model == "least_squares", "--binarize: least_squares is for grey levels"),
@@ -253,10 +253,10 @@ def load_data(flags):
     run, where = flags.load or (flags.resume and flags.results_path), f"--data_dir {flags.data_dir}"
     if run and read_json(run / "config.json").get("data_sha256") != data.sha256:
         raise UserError(f"{where} holds other data than the run in {run} began with")
-    n_shown = max(flags.PRR_n_img_x * flags.PRR_n_img_y, flags.PMLR_n_samples or 0)
+    n_shown = flags.PRR_n_img_x * flags.PRR_n_img_y
     n_train, n_test = len(data.train_images), len(data.test_images)
     if flags.batch_size > n_train or n_shown > n_test:
-        raise UserError(f"{where} has {n_train:,} and {n_test:,} digits: lower --batch_size or the pictures'")
+        raise UserError(f"{where} has {n_train:,} and {n_test:,} digits: lower --batch_size or --PRR_n_img_x")
     return data
 
 
@@ -277,21 +277,21 @@ def begin_run(flags, data):
     """Returns the run's folder: made if it is new, rid of the old run by --overwrite, with a config.json."""
     folder, numbered = flags.results_path, (Path("results", f"run{n}") for n in itertools.count(1))
     while folder is None:
+        Path("results").mkdir(exist_ok=True)
         with contextlib.suppress(FileExistsError):
-            (new := next(numbered)).mkdir(parents=True)
+            (new := next(numbered)).mkdir()
             folder = new
     removed = [*folder.glob(".part-*"), *folder.glob("checkpoint/.part-*")]  # what a kill left
     if flags.overwrite and folder != flags.load:
         names = ("log.csv", "metrics.json", "latent.npz", "vae.keras", *ONCE, *plot_utils.PICTURES)
-        removed += [*(folder / name for name in names), *checkpoints(folder).values()]
+        removed += [*checkpoints(folder).values(), *(folder / name for name in names)]
     for file in removed:
         file.unlink(missing_ok=True)
     if folder != flags.load:
         own = vars(flags) | {"resume": False, "overwrite": False}
         modules = map(importlib.import_module, ("tensorflow", "keras", "numpy", "scipy", "matplotlib"))
         versions = {"python": sys.version} | {module.__name__: module.__version__ for module in modules}
-        sha256 = data.sha256 if data else read_json(flags.load / "config.json")["data_sha256"]
-        config = {"flags": own, "versions": versions, "data_sha256": sha256}
+        config = {"flags": own, "versions": versions, "data_sha256": data and data.sha256}
         write_whole(folder / "config.json", json.dumps(config, indent=2, default=str) + "\n")
     flags.results_path = folder
     return folder
@@ -384,20 +384,20 @@ def load_tensorflow(flags):
         finally:
             os.dup2(stderr, 2)
             os.close(stderr)
-    gc.freeze()  # and a second, in what it brought, when the program ends
-    gc.enable()
+            gc.freeze()  # or else the end of the program takes a second to collect what the import brought
+            gc.enable()
 
 
 def join_workers():
     """Returns the strategy over the machines of TF_CONFIG, once all of them are there."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # TensorFlow lets no Python run while it waits
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's handler would not run while TensorFlow waits
     say("waiting for the other workers: Ctrl-C ends that")
     try:
         return tf.distribute.MultiWorkerMirroredStrategy()
     except Exception as error:  # there is no one kind
         raise UserError(f"TF_CONFIG cannot be used: {reason(error)}") from error
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which TensorFlow has taken, and would not end for
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # TensorFlow's own does not end the program
 
 
 @contextlib.contextmanager
@@ -410,10 +410,10 @@ def make_strategy(flags):
         raise UserError(f"--batch_size {flags.batch_size} cannot be split over {n} replicas: take a multiple")
     try:
         yield strategy
-        check_agreement(strategy, "ends", "")  # wait for each other: who ends earlier counts as dead
+        check_agreement(strategy, "ends", "")  # wait for each other: a worker that ends early counts as dead
     except (OSError, MemoryError, errors.ResourceExhaustedError) as error:
         text = reason(error) if hasattr(error, "errno") else "out of memory: lower --n_hidden or --batch_size"
-        goes_on = flags.results_path and checkpoints(flags.results_path)
+        goes_on = flags.results_path != flags.load and checkpoints(flags.results_path)
         raise UserError(text + ("; --resume goes on" if goes_on else "")) from error
     except errors.OpError as error:
         gone = ("UnavailableError", "DeadlineExceededError", "AbortedError", "CancelledError")
@@ -488,7 +488,7 @@ def compile_training(strategy, state, digits, flags):
     """Returns the function that trains for an epoch: all of its steps are one compiled function."""
     images, labels = tf.constant(digits.train_images), tf.constant(digits.train_labels)
     network, optimizer, training_terms = state.network, state.optimizer, state.network.training_terms
-    if flags.distribute != "none":  # XLA compiles no exchange between replicas, but the ELBO between two
+    if flags.distribute != "none":  # XLA cannot compile the exchange between replicas, but what lies between
         training_terms = tf.function(training_terms, jit_compile=True, autograph=False)
     n_steps, n_replicas = len(images) // flags.batch_size, strategy.num_replicas_in_sync
     linear = partial(tf.keras.optimizers.schedules.PolynomialDecay, power=1.0)
@@ -582,20 +582,20 @@ def log_px(network, x, x_corrupted, flags):
     return np.concatenate([estimate(*images, seed=seed(i)) for i, images in enumerate(batches)])
 
 
-def measure(network, x, x_corrupted, labels, flags):
-    """Returns what is measured on the test digits, targets and encoder inputs (n, 784), by name."""
+def measure(network, digits, latent, flags):
+    """Returns what is measured on the test digits, by name. latent: their mean and log_var, (n, dim_z)."""
+    x, x_corrupted = digits.test
     metrics = elbo("test", evaluate(network, x, x_corrupted, flags))
     restored = [network.reconstruct(images) for (images,) in in_batches(1_000, x_corrupted)]
     pictures = {"noisy": x_corrupted, "restored": np.concatenate(restored)}
     for name in pictures if flags.add_noise else ["restored"]:
         metrics[f"psnr_{name}"] = -10 * math.log10(np.mean((pictures[name] - x) ** 2))
-    metrics |= network.test_metrics(x_corrupted, labels)
+    metrics |= network.test_metrics(x_corrupted, digits.test_labels)
     if flags.n_importance:
         metrics["test_log_px"] = float(np.mean(log_px(network, x, x_corrupted, flags), dtype=np.float64))
-        active_units = vae.active_units(network.encode(x_corrupted))
-        metrics |= {"n_importance": flags.n_importance, "active_units": int(active_units)}
+        metrics |= {"n_importance": flags.n_importance, "active_units": int(vae.active_units(latent[0]))}
         if flags.dim_z == 2 and network.log_marginal_likelihood_grid:
-            log_pxs = network.log_marginal_likelihood_grid(x, x_corrupted)
+            log_pxs = network.log_marginal_likelihood_grid(x, *latent)
             metrics["test_log_px_grid"] = float(np.mean(log_pxs, dtype=np.float64))
     return metrics
 
@@ -633,15 +633,15 @@ def write_results(state, digits, flags, folder):
         (folder / name).unlink(missing_ok=True)
     for name, content in pictures.items():
         write_whole(folder / name, content)
-    metrics = measure(state.network, *digits.test, digits.test_labels, flags)
-    say("\n".join(f"{name:20}{value:12,.5g}" for name, value in metrics.items()))
-    old = read_json(folder / "metrics.json")  # of the same network, or else of another epoch
-    metrics = (old if old.get("test_elbo") == metrics["test_elbo"] else {}) | metrics
-    write_whole(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     latent = [state.network.encoder(images) for (images,) in in_batches(1_000, digits.test[1])]
     mean, log_var = np.concatenate(latent, axis=1)
     with whole_file(folder / "latent.npz") as part:
         np.savez(part, mean=mean, log_var=log_var, label=digits.test_labels)
+    metrics = measure(state.network, digits, (mean, log_var), flags)
+    say("\n".join(f"{name:20}{value:12,.5g}" for name, value in metrics.items()))
+    old = read_json(folder / "metrics.json")  # of the same network, or else of another epoch
+    metrics = (old if old.get("test_elbo") == metrics["test_elbo"] else {}) | metrics
+    write_whole(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     if not flags.load:
         with whole_file(folder / "vae.keras") as part:
             state.network.save(part)
@@ -650,9 +650,9 @@ def write_results(state, digits, flags, folder):
 def run(flags):
     """Does what the flags ask for: digits, network, training, numbers and pictures."""
     own_images = mnist_data.read_digits(flags.reconstruct, 0) if flags.reconstruct else None
-    # New images and one's own digits are all that is wanted of a trained network: that needs no data.
-    more = flags.load and (flags.reconstruct or (flags.n_generate and not flags.n_importance))
-    data = None if more else load_data(flags)
+    # With --load, new images and one's own digits need no data.
+    without_data = flags.load and (flags.reconstruct or (flags.n_generate and not flags.n_importance))
+    data = None if without_data else load_data(flags)
     say("loading TensorFlow")
     load_tensorflow(flags)
     with make_strategy(flags) as strategy:
@@ -688,7 +688,7 @@ def main(arguments=None):
         with contextlib.redirect_stdout(sys.stdout if is_chief(flags) else io.StringIO()):
             run(flags)
     except KeyboardInterrupt:
-        say("interrupted: --resume goes on after the newest finished epoch")
+        say("interrupted: a run with a finished epoch goes on with --resume")
         return 130
     except (UserError, OSError, MemoryError, ImportError) as error:
         print(f"run_main.py: error: {reason(error)}", file=sys.stderr)

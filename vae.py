@@ -27,9 +27,9 @@ IMPORTANCE_CHUNK = 50  # importance samples per image processed at once; bounds 
 
 
 class Stream(enum.IntEnum):
-    """What is folded into a seed, so that its draws for different purposes are independent.
+    """The number folded into a seed for each purpose, so that the draws are independent.
 
-    The hidden layers' dropout has DROPOUT, DROPOUT + 1, ...; reparameterize uses the seed as it is.
+    Dropout takes DROPOUT, DROPOUT + 1, ... for one layer after the other; reparameterize, the seed as it is.
     """
 
     UPPER, IMPORTANCE, BINARIZATION, NOISE, DROPOUT = -3, -2, -1, 0, 1
@@ -224,14 +224,13 @@ class VAE(keras.Model):
         """log p(x, z) in nats, (n, m), of each of x: (n, 784) with each of z: (m, dim_z)."""
         return self.likelihood.log_prob_table(x, self.decoder(z)) + self.prior.log_prob(z)
 
-    def log_marginal_likelihood_grid(self, x, x_corrupted):
-        """log p(x) in nats, (n,), by quadrature over the plane of dim_z 2.
+    def log_marginal_likelihood_grid(self, x, mean, log_var):
+        """log p(x) in nats, (n,), by quadrature over the plane of dim_z 2; mean and log_var are q(z|x)'s.
 
         The grid reaches beyond the farthest mean by six of its deviations, and to 5 at least; its spacing is
         the smallest deviation, 0.05 at most, and no less than a thousandth of its width. This is exact where
         p(z|x) is no narrower than the spacing.
         """
-        mean, log_var = self.encoder(x_corrupted)
         std = tf.exp(log_var / 2)
         reach = tf.maximum(5.0, tf.reduce_max(tf.abs(mean) + 6 * std))
         spacing = tf.maximum(tf.minimum(0.05, tf.reduce_min(std)), reach / 500)
@@ -299,8 +298,8 @@ def uniform(shape, seed):
 def dropout(h, keep_prob, seed, stream):
     """Zeros each unit of h: (batch, n) with probability 1 - keep_prob and scales the others by 1 / keep_prob.
 
-    So the mean stays (Srivastava et al. 2014). keep_prob may change during training and be a tensor; with the
-    number 1, as in evaluation, h stays as it is.
+    This keeps the mean (Srivastava et al. 2014). keep_prob may be a tensor that changes during training; with
+    the number 1, as in evaluation, h stays as it is.
     """
     if not tf.is_tensor(keep_prob) and keep_prob == 1:
         return h
