@@ -1,4 +1,4 @@
-"""A stranger's machine changes nothing: the same numbers, the same bytes of PNG and an empty stderr."""
+"""A stranger's machine changes nothing: the same bits in all that a run leaves, and an empty stderr."""
 
 import json
 import os
@@ -6,7 +6,8 @@ import threading
 
 import keras
 import pytest
-from conftest import SMALL, files, one_line, read_log
+from conftest import SMALL, one_line
+from kills import differences, what_is_left
 
 import run_main
 
@@ -19,13 +20,6 @@ text.usetex: True
 font.size: 30
 """
 NAME = os.fsdecode("b\\a[d*\xe9t\xe9".encode() + b"\xff")  # not even UTF-8
-
-
-def what_is_left(folder):
-    """Returns what a run's flags determine: pictures, numbers, and the log without the seconds."""
-    left = {str(path): content for path, content in files(folder).items() if path.suffix in (".png", ".json")}
-    del left["config.json"]
-    return left | {"log": [row | {"seconds": 0} for row in read_log(folder)]}
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +43,7 @@ def test_settings_of_the_environment(plain, program, tmp_path):
     run = program(*flags, f"--results_path={NAME}", env=env)
     _, err = run.communicate(timeout=120)
     assert (run.returncode, err) == (0, "")
-    assert what_is_left(tmp_path / NAME) == expected
+    assert differences(what_is_left(tmp_path / NAME), expected) == []
 
 
 def test_keras_settings_of_the_process_and_a_thread(plain, tmp_path):
@@ -67,7 +61,7 @@ def test_keras_settings_of_the_process_and_a_thread(plain, tmp_path):
         keras.config.set_floatx("float32")
         keras.config.set_dtype_policy("float32")
     assert returned == [0]
-    assert what_is_left(tmp_path / "run") == expected
+    assert differences(what_is_left(tmp_path / "run"), expected) == []
 
 
 def test_the_last_words_of_tensorflow_are_shown(program, data_dir):

@@ -318,18 +318,14 @@ def test_ctrl_c_ends_the_run_which_goes_on_to_the_same_bits(run, trained, tmp_pa
 
 
 @pytest.mark.parametrize("full", ["disk", "memory"])
-def test_an_error_after_an_epoch_says_how_to_go_on(run, tmp_path, monkeypatch, capsys, full):
-    save_checkpoint = run_main.save_checkpoint
+def test_an_error_after_an_epoch_says_how_to_go_on(run, copy, monkeypatch, capsys, full):
+    def fails(*_):
+        tf = run_main.tf
+        memory = tf.errors.ResourceExhaustedError(None, None, "{{function_node x}} OOM\n when allocating")
+        raise OSError(errno.ENOSPC, "No space left on device") if full == "disk" else memory
 
-    def fails(state, folder):
-        if len(state.history) == 2:
-            tf = run_main.tf
-            memory = tf.errors.ResourceExhaustedError(None, None, "{{function_node x}} OOM\n when allocating")
-            raise OSError(errno.ENOSPC, "No space left on device") if full == "disk" else memory
-        save_checkpoint(state, folder)
-
-    monkeypatch.setattr(run_main, "save_checkpoint", fails)
-    assert run(*FLAGS, f"--results_path={tmp_path / 'run'}") == 2
+    monkeypatch.setattr(run_main, "train", fails)
+    assert run("--resume", f"--results_path={copy}", "--num_epochs=4") == 2
     err = one_line(capsys.readouterr().err)
     assert {"disk": "No space left", "memory": "out of memory: lower --n_hidden"}[full] in err
     assert "--resume goes on" in err
