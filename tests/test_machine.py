@@ -36,7 +36,11 @@ def test_settings_of_the_environment(plain, program, tmp_path):
     settings = {"floatx": "float16", "epsilon": 0.1, "backend": "jax", "image_data_format": "channels_first"}
     (tmp_path / ".keras" / "keras.json").write_text(json.dumps(settings))
     (tmp_path / "matplotlibrc").write_text(MATPLOTLIBRC)
-    env = {"HOME": str(tmp_path), "MATPLOTLIBRC": str(tmp_path), "MPLBACKEND": "module://no_such.backend"}
+    env = {
+        "HOME": str(tmp_path),
+        "MATPLOTLIBRC": str(tmp_path),
+        "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+    }
     env |= {"KERAS_BACKEND": "jax", "TF_USE_LEGACY_KERAS": "1"}
     env |= {"PYTHONIOENCODING": "ascii", "PYTHONSAFEPATH": "1", "PYTHONOPTIMIZE": "2"}
     expected, flags = plain

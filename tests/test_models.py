@@ -62,11 +62,27 @@ def test_the_bound_rises_with_the_samples_towards_log_px(x):
         network = make_network("iwae", n_samples=n)
         terms = network.training_terms(many, many, None, seed=SEED, keep_prob=1, kl_weight=1.0)
         bounds.append(-float(tf.reduce_mean(sum(terms))))
-    assert bounds == sorted(bounds)
+    assert bounds[0] < bounds[1] < bounds[2]
     assert bounds[-1] < np.mean(network.log_marginal_likelihood_grid(x, *network.encoder(x))) + 0.01
 
 
-def test_a_weight_on_the_kl_divergence_is_in_the_loss_and_not_in_the_terms(x):
+@pytest.mark.parametrize("kl_weight", [1.0, 0.5])
+def test_iwae_has_the_gradient_of_its_bound(x, kl_weight):
+    """With a weight on the KL divergence, of the bound with log p(z) and log q(z|x) weighted."""
+    network = make_network("iwae", n_samples=5)
+    with tf.GradientTape() as tape:
+        log_px, minus_kl = network.weight_terms(x, x, 5, seed=SEED)
+        minus_bound = -tf.reduce_mean(tf.reduce_logsumexp(log_px + kl_weight * minus_kl, axis=0))
+    expected = tape.gradient(minus_bound, network.trainable_variables)
+    with tf.GradientTape() as tape:
+        options = {"seed": SEED, "keep_prob": 1, "kl_weight": kl_weight}
+        reconstruction, kl = network.training_terms(x, x, None, **options)
+        loss = tf.reduce_mean(reconstruction + kl_weight * kl)
+    for one, other in zip(tape.gradient(loss, network.trainable_variables), expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5)
+
+
+def test_what_is_logged_has_no_weight_on_the_kl_divergence(x):
     for name in run_main.MODELS:
         network, labels = make_network(name), tf.zeros(8, tf.int32)
         one, two = (
@@ -213,6 +229,34 @@ def test_stein_trains_the_encoder_by_the_direction_alone(x, monkeypatch):
     assert (gradient(network, x)[:encoder] == 0).all()
 
 
+def test_stein_moves_particles_along_the_direction(x, monkeypatch):
+    directions = []
+
+    def recorder(*arguments):
+        directions.append(svgd_direction(*arguments))
+        return directions[-1]
+
+    svgd_direction = vae.svgd_direction
+    monkeypatch.setattr(vae, "svgd_direction", recorder)
+    network = make_network("stein")
+    before = network.particles(x, 6, seed=SEED)
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_mean(sum(network.training_terms(x, x, None, seed=SEED, keep_prob=1, kl_weight=2.0)))
+    output = network.bend_output
+    output.kernel.assign_sub(1e-4 * tape.gradient(loss, output.kernel))
+    moved = network.particles(x, 6, seed=SEED) - before
+    assert tf.reduce_sum(moved * directions[0]) > 0
+    # The direction is that of the weighted log p(x, z).
+    with tf.GradientTape() as tape:
+        tape.watch(before)
+        log_px = tf.stack(
+            [network.likelihood.log_prob(x, network.decoder(part)) for part in tf.unstack(before)]
+        )
+        log_joint = log_px + 2.0 * network.prior.log_prob(before)
+    expected = svgd_direction(before, tape.gradient(log_joint, before), 2.0)
+    np.testing.assert_allclose(directions[0], expected, rtol=1e-3, atol=1e-4)
+
+
 # --- labels -------------------------------------------------------------------------------------------
 
 
@@ -227,6 +271,17 @@ def test_labels_reach_the_encoder_only_through_digits_that_have_one(x):
     told = gradient(network, x, one) - without
     assert np.linalg.norm(told[:-classifier]) > 0
     assert np.linalg.norm(told[-classifier:]) > 0
+    # A step against it brings the score of the label nearer to its side.
+    score = network.classifier(network.encode(x))[3, 7]
+    network.classifier.bias.assign_sub(0.01 * tf.cast(told[-10:], tf.float32))
+    assert network.classifier(network.encode(x))[3, 7] > score
+
+
+def test_the_error_of_labels_is_the_share_of_wrong_ones(x):
+    network = make_network("labels")
+    labels = network.classify(x).numpy()
+    labels[:2] += 1
+    assert network.test_metrics(x, labels) == {"test_error": 0.25}
 
 
 # --- the program --------------------------------------------------------------------------------------

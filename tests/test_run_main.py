@@ -5,10 +5,12 @@ import copy
 import hashlib
 import json
 import math
+import re
 import shutil
 import struct
 import subprocess
 import sys
+import textwrap
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,6 +18,7 @@ import pytest
 from conftest import ROOT, SMALL, environment, files, one_line, read_log
 from kills import differences, what_is_left
 from matplotlib.image import imread
+from PIL import Image
 from scipy import stats
 
 import mnist_data
@@ -80,6 +83,7 @@ WRONG = [  # flags, words of the error
     ("--results_path full", "--results_path full"),
     ("--results_path full --overwrite", "--results_path full"),
     ("--results_path full/mine.txt", "full/mine.txt"),
+    ("--data_dir full/mine.txt", "--data_dir full/mine.txt"),
     ("--reconstruct nowhere.png", "nowhere.png No such file"),
     ("--reconstruct small.npy", "(3, 14, 14) (28, 28)"),
     ("--distribute multi_worker", "--distribute TF_CONFIG"),
@@ -107,7 +111,8 @@ json.dump(answers, sys.stdout)
 def answers(tmp_path_factory):
     """Status and stderr of all wrong flags, in turn in one process in which TensorFlow cannot be loaded."""
     folder, trap = (tmp_path_factory.mktemp(name) for name in ("answers", "trap"))
-    (trap / "tensorflow.py").write_text("raise RuntimeError('TensorFlow was loaded')")
+    for name in ("tensorflow", "keras", "matplotlib", "scipy"):
+        (trap / f"{name}.py").write_text("raise RuntimeError('a large package was loaded')")
     (folder / "full").mkdir()
     (folder / "full" / "mine.txt").write_text("theirs")
     np.save(folder / "small.npy", np.zeros((3, 14, 14)))
@@ -288,12 +293,25 @@ def test_training_on_few_digits_lowers_the_loss(few_digits, optimizer):
     assert [row["learn_rate"] for row in log] == pytest.approx(cosine, rel=1e-4)
 
 
+@pytest.mark.parametrize("kl_weight", [0.0, 3.0])
+def test_a_step_descends_the_weighted_loss_and_returns_the_terms(kl_weight):
+    weight, flags = tf.Variable(1.0), run_main.parse_flags(["--batch_size=2"])
+
+    def training_terms(x, *, kl_weight):
+        return 10 * weight * x, 7 * weight * x  # whose sums over x are 30 and 21
+
+    optimizer = tf.keras.optimizers.SGD(0.1)
+    terms = run_main.sgd_step(training_terms, [[1.0, 2.0]], [weight], optimizer, flags, kl_weight=kl_weight)
+    np.testing.assert_allclose(terms, [15, 10.5])
+    assert float(weight) == pytest.approx(1 - 0.1 * (15 + kl_weight * 10.5))
+
+
 def train_one_epoch(elbo_terms, train_images, epoch, flags):
     """Returns the mean terms of an epoch with other elbo_terms in place of the network's."""
     weight = tf.Variable(0.0)
 
     def terms(x, x_corrupted, labels, *, seed, keep_prob, kl_weight):
-        return [term + 0 * weight for term in elbo_terms(x, x_corrupted, keep_prob)]
+        return [term + 0 * weight for term in elbo_terms(x, x_corrupted, keep_prob, seed, kl_weight)]
 
     network = SimpleNamespace(training_terms=terms, trainable_variables=[weight])
     digits = SimpleNamespace(train_images=train_images, train_labels=np.zeros(len(train_images), np.int32))
@@ -307,7 +325,7 @@ def test_mini_batches_go_through_every_image_in_an_order_of_the_epoch():
     images = np.repeat(np.arange(18, dtype=np.uint8)[:, None], 784, axis=1)
     flags = run_main.parse_flags(["--batch_size=4", "--keep_prob=1"])
 
-    def elbo_terms(x, x_corrupted, keep_prob):
+    def elbo_terms(x, x_corrupted, *_):
         return 2.0 ** tf.round(255 * x[:, 0]), 2.0 ** tf.round(255 * x_corrupted[:, 1])
 
     taken = []
@@ -321,6 +339,21 @@ def test_mini_batches_go_through_every_image_in_an_order_of_the_epoch():
     assert first != second
 
 
+def test_random_numbers_and_the_weight_of_the_kl_divergence_follow_the_step(few_digits):
+    flags = run_main.parse_flags([*SMALL, "--kl_weight=0.5", "--warm_up=2"])
+
+    def elbo_terms(x, x_corrupted, keep_prob, seed, kl_weight):
+        draws = tf.fill([len(x)], tf.random.stateless_uniform((), seed))
+        return draws, tf.fill([len(x)], kl_weight)
+
+    found = [train_one_epoch(elbo_terms, few_digits.train_images, epoch, flags) for epoch in (1, 2, 3, 3)]
+    draws, weights = np.transpose(found)
+    assert len(set(draws[:3])) == 3
+    assert draws[2] == draws[3]
+    # Of the 4 steps of an epoch: 0, 1, 2 and 3 eighths of 0.5, then 4 to 7, then 8.
+    assert weights == pytest.approx([0.5 * 1.5 / 8, 0.5 * 5.5 / 8, 0.5, 0.5])
+
+
 @pytest.mark.parametrize("noise", [False, True])
 def test_training_and_evaluation_give_the_network_what_they_should(few_digits, noise):
     """The clean image as the target, the corrupted one as the input, and dropout in training alone."""
@@ -329,7 +362,7 @@ def test_training_and_evaluation_give_the_network_what_they_should(few_digits, n
     images = few_digits.train_images
     clean, corrupted = images.mean() / 255, 0.5 if noise else images.mean() / 255
 
-    def elbo_terms(x, x_corrupted, keep_prob):
+    def elbo_terms(x, x_corrupted, keep_prob, *_):
         return tf.reduce_mean(x, axis=1), tf.reduce_mean(x_corrupted, axis=1) + 1_000 * keep_prob
 
     # Annealed dropout: 0.2 at the start, 0 at half of the 20 epochs of 4 steps, and then.
@@ -390,24 +423,6 @@ def test_help_fits_on_a_terminal(capsys, monkeypatch):
         with pytest.raises(SystemExit, match="0"):
             run_main.main(["--help"])
         assert max(map(len, capsys.readouterr().out.splitlines())) <= widest
-
-
-def test_denoising(run, tmp_path):
-    flags = ["--add_noise", "True", "--noise_level", "0.4", "--dim_z", "5", "--num_epochs", "1"]
-    assert run(*flags, f"--results_path={tmp_path}") == 0
-    assert {path.name for path in tmp_path.iterdir()} == EVERY_RUN | RECONSTRUCTIONS | {
-        "input_noise.png",
-        "denoising.png",
-        "latent_map.png",
-    }
-    names = ("input", "input_noise", "reconstruction", "denoising")
-    clean, noisy, restored, stacked = (pixels(tmp_path / f"{name}.png") for name in names)
-    np.testing.assert_array_equal(stacked[: 3 * 28], np.vstack([clean[:28], noisy[:28], restored[:28]]))
-    assert set(np.unique(noisy[noisy != clean])) == {0, 255}
-    grey = (clean > 0) & (clean < 255)
-    assert (noisy != clean)[grey].mean() == pytest.approx(0.4, abs=0.02)
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert set(metrics) == {"test_elbo", "test_reconstruction", "test_kl", "psnr_noisy", "psnr_restored"}
 
 
 def test_another_seed_has_other_files(run, trained, tmp_path):
@@ -483,22 +498,20 @@ def test_missing_data_are_one_error_and_leave_no_folder(monkeypatch, tmp_path, c
 
 
 def test_load_changes_nothing_in_a_runs_folder_but_adds_metrics(run, trained):
+    old = json.loads((trained / "metrics.json").read_text())
+    (trained / "metrics.json").write_text(json.dumps(old | {"n_importance": 1, "of this network": 1.0}))
     before = files(trained)
     assert run(f"--load={trained}", "--n_importance=2") == 0
     after = files(trained)
     changed = {str(name) for name in before | after if before.get(name) != after.get(name)}
     assert changed == {"metrics.json"}
     metrics, old = (json.loads(content[run_main.Path("metrics.json")]) for content in (after, before))
-    assert metrics.items() >= old.items()
-    assert set(metrics) - set(old) == {
-        "test_log_px",
-        "test_log_px_grid",
-        "n_importance",
-        "active_units",
-    }
+    assert metrics.items() >= (old | {"n_importance": 2}).items()
+    assert set(metrics) - set(old) == {"test_log_px", "test_log_px_grid", "active_units"}
     assert metrics["n_importance"] == 2
     assert 0 <= metrics["active_units"] <= 2
-    (trained / "metrics.json").write_bytes(before[run_main.Path("metrics.json")])
+    del old["of this network"], old["n_importance"]
+    (trained / "metrics.json").write_text(json.dumps(old))
 
 
 def test_load_leaves_its_results_in_another_folder(run, trained, tmp_path, capsys):
@@ -541,6 +554,28 @@ def test_load_refuses_other_flags_of_the_run(run, trained, tmp_path, capsys, lin
     assert files(folder) == before
 
 
+def test_another_runs_folder_is_not_written_into_and_the_own_one_is_found(trained, tmp_path, monkeypatch):
+    other = shutil.copytree(trained, tmp_path / "other")
+    with pytest.raises(run_main.UserError, match="holds a run"):
+        run_main.parse_flags([f"--load={trained}", f"--results_path={other}"])
+    monkeypatch.chdir(trained.parent)
+    flags = run_main.parse_flags([f"--load={trained}", f"--results_path={trained.name}", "--overwrite"])
+    assert flags.results_path == flags.load == trained
+
+
+def test_what_a_run_recorded_counts_or_not(trained, tmp_path):
+    folder = shutil.copytree(trained, tmp_path / "run")
+    config = json.loads((folder / "config.json").read_text())
+    config["flags"] |= {"n_importance": 7, "n_generate": 8, "PRR_n_img_x": 9}
+    (folder / "config.json").write_text(json.dumps(config))
+    resumed = run_main.parse_flags(["--resume", f"--results_path={folder}"])
+    loaded = run_main.parse_flags([f"--load={folder}"])
+    found = [(flags.n_importance, flags.n_generate, flags.PRR_n_img_x) for flags in (resumed, loaded)]
+    assert found == [(7, None, 9), (None, None, 9)]
+    with pytest.raises(run_main.UserError, match="--animate"):
+        run_main.parse_flags(["--resume", f"--results_path={folder}", "--animate"])
+
+
 def test_log_px_equals_the_elbo_with_one_sample_and_rises(binarized):
     flags, digits, state = load(binarized)
     state.network.log_marginal_likelihood_grid = None  # test_vae has it
@@ -561,19 +596,22 @@ def test_log_px_equals_the_elbo_with_one_sample_and_rises(binarized):
 
 
 def test_peak_signal_to_noise(few_digits):
-    """Of a network that answers with a grey of 1/2, whatever it gets."""
+    """Of a network that answers with half of what it gets; and the ELBO is of the clean digits."""
     flags = run_main.parse_flags(["--add_noise", "--noise_level=0.4"])
     digits = run_main.make_digits(few_digits, flags)
-    x, _ = digits.test
+    x, x_corrupted = digits.test
     network = SimpleNamespace(
-        elbo_terms=lambda x, x_corrupted, seed: np.zeros((2, len(x))),
-        reconstruct=lambda x: np.full_like(x, 0.5),
+        elbo_terms=lambda x, x_corrupted, seed: np.stack([x.mean(axis=1), x_corrupted.mean(axis=1)]),
+        reconstruct=lambda x: x / 2,
         test_metrics=lambda x, labels: {},
     )
     metrics = run_main.measure(network, digits, None, flags)
     noisy = 0.2 * np.mean(x**2) + 0.2 * np.mean((1 - x) ** 2)
     assert metrics["psnr_noisy"] == pytest.approx(-10 * math.log10(noisy), abs=0.05)
-    assert metrics["psnr_restored"] == pytest.approx(-10 * math.log10(np.mean((0.5 - x) ** 2)), abs=1e-3)
+    restored = np.mean((x_corrupted / 2 - x) ** 2)
+    assert metrics["psnr_restored"] == pytest.approx(-10 * math.log10(restored), abs=1e-3)
+    found = metrics["test_reconstruction"], metrics["test_kl"]
+    assert found == pytest.approx((x.mean(), x_corrupted.mean()), rel=1e-4)
 
 
 def test_generated_images_are_draws_of_the_network(run, binarized, capsys):
@@ -625,10 +663,12 @@ def test_grey_networks_generate_their_means(trained, tmp_path):
 def test_own_images_are_reconstructed(trained, few_digits, tmp_path, capsys):
     """They need no data either; --n_importance is for them, and nothing else is drawn anew."""
     x = few_digits.test_images[:13]
-    np.save(tmp_path / "mine.npy", x.reshape(-1, 28, 28))
+    (tmp_path / "mine").mkdir()
+    np.save(tmp_path / "mine" / "b.npy", x[1:].reshape(-1, 28, 28))
+    Image.fromarray(x[0].reshape(28, 28)).save(tmp_path / "mine" / "a.png")
     command = [f"--load={trained}", f"--results_path={tmp_path / 'out'}", "--n_importance=300"]
     command.append(f"--data_dir={tmp_path / 'no data'}")
-    assert run_main.main([*command, f"--reconstruct={tmp_path / 'mine.npy'}"]) == 0
+    assert run_main.main([*command, f"--reconstruct={tmp_path / 'mine'}"]) == 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "config.json",
         "reconstructed.npz",
@@ -650,25 +690,30 @@ def test_own_images_are_reconstructed(trained, few_digits, tmp_path, capsys):
     np.testing.assert_array_equal(picture[28:56], np.hstack(images[:10]))
 
 
-def test_a_notebook_goes_on_with_a_run(trained):
+def test_a_notebook_goes_on_with_a_run(trained, capsys):
     """The lines that the README shows."""
-    RUN = str(trained)
-    flags = run_main.parse_flags(["--load", RUN])
-    digits = run_main.make_digits(mnist_data.load_mnist(flags.data_dir), flags)
-    state = run_main.build(digits, flags)
-    run_main.load_checkpoint(state, flags.load)
-    restored = state.network.reconstruct(digits.test[1][:10])
-    plane = state.network.decode(np.mgrid[-2:2:20j, -2:2:20j].reshape(2, -1).T)
-    elbo = -run_main.evaluate(state.network, *digits.test, flags).sum()  # not in the README
-    flags.learn_rate, flags.num_epochs = 0.001, 1
-    state.optimizer = run_main.make_optimizer(state.network, digits, flags)
-    train_epoch = run_main.compile_training(run_main.tf.distribute.get_strategy(), state, digits, flags)
-    reconstruction, kl = train_epoch(21)
-
+    lines = (ROOT / "README.md").read_text().split("From Python, in the folder of this README:\n")[1]
+    lines = textwrap.dedent(lines[: lines.index("`state.network`")]).replace("results/run1", str(trained))
+    names = {}
+    exec(lines, names)
     metrics = json.loads((trained / "metrics.json").read_text())
-    assert elbo == pytest.approx(metrics["test_elbo"], rel=1e-6)
-    assert (restored.shape, plane.shape) == ((10, 784), (400, 784))
+    assert (names["x"].shape, names["plane"].shape) == ((10, 784), (400, 784))
     shown = pixels(trained / "reconstruction.png")[:28].reshape(28, 10, 28).swapaxes(0, 1)
-    np.testing.assert_allclose(255 * restored.numpy(), shown.reshape(10, 784), atol=0.51)
-    assert -(reconstruction + kl) == pytest.approx(elbo, abs=10)
-    assert -run_main.evaluate(state.network, *digits.test, flags).sum() > elbo
+    np.testing.assert_allclose(255 * names["x"].numpy(), shown.reshape(10, 784), atol=0.51)
+    said = capsys.readouterr().out.splitlines()[-1]
+    reconstruction, kl = map(float, re.findall(r"[-\d.]+(?:e[-+]\d+)?", said.partition(":")[2]))
+    assert -(reconstruction + kl) == pytest.approx(metrics["test_elbo"], abs=10)
+    state, digits, flags = (names[name] for name in ("state", "digits", "flags"))
+    assert -run_main.evaluate(state.network, *digits.test, flags).sum() > metrics["test_elbo"]
+
+
+def test_the_readme_has_the_flags_and_their_defaults():
+    """Where a default is one value of the table of flags."""
+    rows = re.findall(r"^\| (`--.*?) \| (.*?) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    rows = [(re.findall(r"`--(\w+)`", names), default.split(", ")) for names, default in rows]
+    assert {name for names, _ in rows for name in names} == set(run_main.WHOSE)
+    defaults = vars(run_main.make_parser().parse_args([]))
+    for names, shown in rows:
+        for name, text in zip(names, shown if len(shown) == len(names) else shown * len(names), strict=False):
+            if defaults[name] is not None and name != "PMLR_n_samples":
+                assert text.removesuffix(".0") == str(defaults[name]).removesuffix(".0"), name
