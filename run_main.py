@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import gc
 import importlib
-import io
 import itertools
 import json
 import math
@@ -685,7 +684,7 @@ def main(arguments=None):
         getattr(stream, "reconfigure", dict)(errors="backslashreplace")  # names that it cannot encode
     try:
         flags = parse_flags(arguments)
-        with contextlib.redirect_stdout(sys.stdout if is_chief(flags) else io.StringIO()):
+        with contextlib.redirect_stdout(sys.stdout if is_chief(flags) else None):  # print to None is silent
             run(flags)
     except KeyboardInterrupt:
         say("interrupted: a run with a finished epoch goes on with --resume")

@@ -52,7 +52,7 @@ def copy(trained, tmp_path):
 
 def test_killed_at_a_random_moment_and_resumed_ends_in_the_same_bits(data_dir, tmp_path):
     (tmp_path / "data").symlink_to(data_dir)  # with all digits, as the processes read it
-    flags = (*kills.FLAGS, f"--data_dir={tmp_path / 'data'}", "--num_epochs=8")
+    flags = (*kills.FLAGS, f"--data_dir={tmp_path / 'data'}", "--num_epochs=6")
     assert run_main.main([*flags, f"--results_path={tmp_path / 'undisturbed'}"]) == 0
     found = list(kills.try_kills(tmp_path, tmp_path / "undisturbed", flags, 1, random.Random(14)))
     assert sum(n for n, _ in found) == 1
