@@ -579,9 +579,8 @@ def test_what_a_run_recorded_counts_or_not(trained, tmp_path):
 def test_log_px_equals_the_elbo_with_one_sample_and_rises(binarized):
     flags, digits, state = load(binarized)
     state.network.log_marginal_likelihood_grid = None  # test_vae has it
-    found = {}
+    latent, found = state.network.encoder(digits.test[1]), {}
     for flags.n_importance in (1, 50):
-        latent = state.network.encoder(digits.test[1])
         found[flags.n_importance] = run_main.measure(state.network, digits, latent, flags)
     assert found[1]["test_elbo"] == found[50]["test_elbo"]
     assert found[1]["active_units"] == found[50]["active_units"] == 2
