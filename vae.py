@@ -137,11 +137,14 @@ class VAE(keras.Model):
             dense("encoder_2", n_hidden, n_hidden, "tanh"),
         ]
         self.encoder_output = dense("z_mean_and_log_var", n_hidden, 2 * dim_z, kernel=tenth_of_he)
+        # With biases of 0, all units of the first layer would bend at the origin of the latent plane. Spread
+        # over it, they gain 1.5 nats after 6 epochs, and 0.5 after 20.
+        spread = keras.initializers.RandomNormal(stddev=2.0, seed=draws)
         self.decoder_hidden = [
-            dense("decoder_1", self.dim_code(dim_z), n_hidden, "tanh"),
+            dense("decoder_1", self.dim_code(dim_z), n_hidden, "tanh", bias=spread),
             dense("decoder_2", n_hidden, n_hidden, "elu"),
         ]
-        # Before training, the decoder answers with the mean image.
+        # Before training, the decoder answers roughly with the mean image.
         bias = constant(self.likelihood.output_bias(mean_image))
         self.decoder_output = dense("decoder_output", n_hidden, N_PIXELS, kernel=tenth_of_he, bias=bias)
         self.mean_image = self.add_weight(
@@ -291,8 +294,15 @@ def repeated(arrays, n):
 
 @tf.function(jit_compile=True, autograph=False)
 def uniform(shape, seed):
-    """Returns uniform draws from [0, 1), by XLA's generator: with TensorFlow's, noise doubles the time."""
-    return tf.random.stateless_uniform(shape, seed, alg="threefry")  # threefry exists in compiled code only
+    """Returns uniform draws from [0, 1), by XLA's generator: with TensorFlow's, noise doubles the time.
+
+    They are multiples of 2^-16, because a random 32-bit integer is split into two: this saves 4% of an epoch.
+    """
+    n = math.prod(shape)
+    # Threefry exists in compiled code only.
+    bits = tf.random.stateless_uniform([math.ceil(n / 2)], seed, None, None, tf.uint32, alg="threefry")
+    draws = tf.concat([bits % 2**16, bits // 2**16], axis=0)[:n]
+    return tf.reshape(tf.cast(draws, tf.float32) / 2**16, shape)
 
 
 def dropout(h, keep_prob, seed, stream):

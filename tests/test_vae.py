@@ -172,10 +172,18 @@ def test_encoder_and_decoder_against_numpy_in_float64(network, x):
     np.testing.assert_allclose(network.decode(z), special.expit(expected), atol=1e-5)
 
 
-def test_untrained_decoder_answers_with_the_mean_image():
+def test_first_decoder_layer_bends_all_over_the_latent_plane():
+    """Where its units are zero: on straight lines, half of which are farther from the origin than 1."""
+    layer = vae.VAE(dim_z=2, n_hidden=500).decoder_hidden[0]
+    distance = np.abs(layer.bias.numpy()) / np.linalg.norm(layer.kernel.numpy(), axis=0)
+    assert 0.8 < np.median(distance) < 1.4
+
+
+def test_untrained_decoder_answers_roughly_with_the_mean_image():
     mean_image = np.linspace(0, 1, 784)  # always black and always white pixels, too
-    images = vae.VAE(dim_z=3, n_hidden=20, mean_image=mean_image).decode(np.zeros((1, 3)))
-    np.testing.assert_allclose(images[0], mean_image, atol=0.02)
+    images = vae.VAE(dim_z=3, mean_image=mean_image).decode(np.random.default_rng(0).normal(size=(1_000, 3)))
+    np.testing.assert_allclose(np.mean(images, axis=0), mean_image, atol=0.15)
+    assert np.std(images, axis=0).max() < 0.05
 
 
 def test_weights_are_a_function_of_the_seed():
@@ -356,6 +364,17 @@ def test_random_numbers_for_different_purposes_have_different_streams(x, n_more,
     assert keep_probs == (4 + 2 * n_more) * [0.7]
     network.log_marginal_likelihood(x, x, 130, seed=SEED)
     assert len(seeds) == len(set(seeds)) == 2 + (4 + 2 * n_more) + 1 + 3  # 130 samples of z are 3 chunks
+
+
+def test_uniform_draws_are_uniform_and_independent():
+    u = vae.uniform((1_001, 501), SEED).numpy()  # an odd number of them
+    assert u.shape == (1_001, 501)
+    assert u.min() == 0
+    assert u.max() < 1
+    assert stats.kstest(u.ravel(), "uniform").pvalue > 0.01
+    n = u.size // 2
+    for lag in (1, n, n + 1):  # two draws come from one random integer
+        assert abs(np.corrcoef(u.ravel()[:-lag], u.ravel()[lag:])[0, 1]) < 4 / np.sqrt(n)
 
 
 def test_dropout_keeps_the_mean_and_a_share_of_the_units():
