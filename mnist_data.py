@@ -47,8 +47,8 @@ class UserError(Exception):
 def load_mnist(data_dir):
     """Returns a folder's train_, valid_, test_images, (n, 784) uint8, train_, test_labels, (n,), and sha256.
 
-    The first twelfth of the training file is for validation. MNIST is downloaded into a folder that has none
-    of the files, or some of MNIST's and no other. Raises UserError where that fails or a file is not right.
+    The first twelfth of the training file is for validation. What is missing is downloaded, unless one of the
+    others is not MNIST's. Raises UserError where that fails or a file is not right.
     """
     arrays, sums = {}, {}
     for name in SHA256:

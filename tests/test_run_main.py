@@ -354,6 +354,19 @@ def test_random_numbers_and_the_weight_of_the_kl_divergence_follow_the_step(few_
     assert weights == pytest.approx([0.5 * 1.5 / 8, 0.5 * 5.5 / 8, 0.5, 0.5])
 
 
+def test_sgd_has_nesterov_momentum_and_weight_decay_and_clips_each_gradient():
+    weights, gradients = [np.array([3.0, -4.0]), np.array([2.0])], [np.array([30.0, 40.0]), np.array([0.5])]
+    variables = [tf.keras.Variable(weight, dtype="float32") for weight in weights]
+    optimizer, velocities = run_main.clipped_sgd(0.1), [0, 0]
+    for _ in range(3):
+        optimizer.apply([tf.constant(gradient, tf.float32) for gradient in gradients], variables)
+        for i, gradient in enumerate((gradients[0] / 50, gradients[1])):  # the first has norm 50
+            velocities[i] = 0.98 * velocities[i] - 0.1 * gradient
+            weights[i] = weights[i] * (1 - 0.1 * 0.003) + 0.98 * velocities[i] - 0.1 * gradient
+    for weight, variable in zip(weights, variables, strict=True):
+        np.testing.assert_allclose(variable, weight, rtol=1e-5)
+
+
 @pytest.mark.parametrize("noise", [False, True])
 def test_training_and_evaluation_give_the_network_what_they_should(few_digits, noise):
     """The clean image as the target, the corrupted one as the input, and dropout in training alone."""
