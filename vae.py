@@ -114,6 +114,9 @@ class VAE(keras.Model):
     """
 
     prior, likelihood = StandardNormal(), Bernoulli()
+    # Standard deviation of the initial biases of the decoder's first layer. With 0, all of its units would
+    # change sign at the origin of the latent plane; spread over it, they gain 1.5 nats after 6 epochs.
+    spread = 2.0
 
     def __init__(self, dim_z=2, n_hidden=500, mean_image=0.5, seed=0, **options):
         super().__init__(name="vae", dtype="float32")
@@ -137,9 +140,7 @@ class VAE(keras.Model):
             dense("encoder_2", n_hidden, n_hidden, "tanh"),
         ]
         self.encoder_output = dense("z_mean_and_log_var", n_hidden, 2 * dim_z, kernel=tenth_of_he)
-        # With biases of 0, all units of the first layer would bend at the origin of the latent plane. Spread
-        # over it, they gain 1.5 nats after 6 epochs, and 0.5 after 20.
-        spread = keras.initializers.RandomNormal(stddev=2.0, seed=draws)
+        spread = keras.initializers.RandomNormal(stddev=self.spread, seed=draws)
         self.decoder_hidden = [
             dense("decoder_1", self.dim_code(dim_z), n_hidden, "tanh", bias=spread),
             dense("decoder_2", n_hidden, n_hidden, "elu"),
@@ -415,6 +416,7 @@ class StickBreaking(VAE):
     """
 
     CONCENTRATION = 5.0
+    spread = 0.0  # of 50 sticks, most are so small that such biases would drown them
 
     def dim_code(self, dim_z):
         return dim_z + 1

@@ -172,8 +172,8 @@ def test_encoder_and_decoder_against_numpy_in_float64(network, x):
     np.testing.assert_allclose(network.decode(z), special.expit(expected), atol=1e-5)
 
 
-def test_first_decoder_layer_bends_all_over_the_latent_plane():
-    """Where its units are zero: on straight lines, half of which are farther from the origin than 1."""
+def test_units_of_the_first_decoder_layer_change_sign_all_over_the_latent_plane():
+    """On straight lines, half of which are farther from the origin than 1."""
     layer = vae.VAE(dim_z=2, n_hidden=500).decoder_hidden[0]
     distance = np.abs(layer.bias.numpy()) / np.linalg.norm(layer.kernel.numpy(), axis=0)
     assert 0.8 < np.median(distance) < 1.4
