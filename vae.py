@@ -114,8 +114,8 @@ class VAE(keras.Model):
     """
 
     prior, likelihood = StandardNormal(), Bernoulli()
-    # Standard deviation of the initial biases of the decoder's first layer. With 0, all of its units would
-    # change sign at the origin of the latent plane; spread over it, they gain 1.5 nats after 6 epochs.
+    # Initial biases of the decoder's first layer, in standard deviations of its weights. With 0, all of its
+    # units would change sign at the origin of the latent plane; spread over it, 6 epochs gain 1.5 nats.
     spread = 2.0
 
     def __init__(self, dim_z=2, n_hidden=500, mean_image=0.5, seed=0, **options):
@@ -140,9 +140,10 @@ class VAE(keras.Model):
             dense("encoder_2", n_hidden, n_hidden, "tanh"),
         ]
         self.encoder_output = dense("z_mean_and_log_var", n_hidden, 2 * dim_z, kernel=tenth_of_he)
-        spread = keras.initializers.RandomNormal(stddev=self.spread, seed=draws)
+        n_code = self.dim_code(dim_z)
+        spread = keras.initializers.RandomNormal(0.0, self.spread * math.sqrt(2 / n_code), seed=draws)
         self.decoder_hidden = [
-            dense("decoder_1", self.dim_code(dim_z), n_hidden, "tanh", bias=spread),
+            dense("decoder_1", n_code, n_hidden, "tanh", bias=spread),
             dense("decoder_2", n_hidden, n_hidden, "elu"),
         ]
         # Before training, the decoder answers roughly with the mean image.
@@ -416,7 +417,7 @@ class StickBreaking(VAE):
     """
 
     CONCENTRATION = 5.0
-    spread = 0.0  # of 50 sticks, most are so small that such biases would drown them
+    spread = 0.0  # sticks are small: biases would drown them
 
     def dim_code(self, dim_z):
         return dim_z + 1
