@@ -574,10 +574,10 @@ def train(strategy, state, digits, flags, folder):
 
 def log_px(network, x, x_corrupted, flags):
     """Returns log p(x), (n,), in nats, of targets and inputs (n, 784), with --n_importance samples each."""
-    n, seed = flags.n_importance, partial(tf.random.fold_in, [flags.seed, EVALUATION])
-    say(f"estimating log p(x) of {len(x):,} digits with {n:,} importance samples each")
-    estimate = tf.function(partial(network.log_marginal_likelihood, n_importance=n), jit_compile=True)
-    batches = in_batches(20, x, x_corrupted)
+    seed, batches = partial(tf.random.fold_in, [flags.seed, EVALUATION]), in_batches(20, x, x_corrupted)
+    say(f"estimating log p(x) of {len(x):,} digits with {flags.n_importance:,} importance samples each")
+    estimate = partial(network.log_marginal_likelihood, n_importance=flags.n_importance)
+    estimate = tf.function(estimate, jit_compile=True, autograph=False)
     return np.concatenate([estimate(*images, seed=seed(i)) for i, images in enumerate(batches)])
 
 

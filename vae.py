@@ -217,13 +217,14 @@ class VAE(keras.Model):
         seed = tf.random.fold_in(seed, Stream.IMPORTANCE)
         n_chunks = math.ceil(n_importance / IMPORTANCE_CHUNK)
         size = math.ceil(n_importance / n_chunks)
-        log_sum = tf.fill([x.shape[0]], -np.inf)
-        for chunk in tf.range(n_chunks):
+
+        def log_sum(chunk):
             log_weights = self.log_weights(x, x_corrupted, size, seed=tf.random.fold_in(seed, chunk))
             wanted = chunk * size + tf.range(size) < n_importance  # the last chunk may have too many
-            log_weights = tf.where(wanted[:, None], log_weights, -np.inf)
-            log_sum = tf.reduce_logsumexp(tf.concat([log_sum[None], log_weights], axis=0), axis=0)
-        return log_sum - math.log(n_importance)
+            return tf.reduce_logsumexp(tf.where(wanted[:, None], log_weights, -np.inf), axis=0)
+
+        log_sums = tf.map_fn(log_sum, tf.range(n_chunks), fn_output_signature=tf.float32)
+        return tf.reduce_logsumexp(log_sums, axis=0) - math.log(n_importance)
 
     def log_joint(self, x, z):
         """log p(x, z) in nats, (n, m), of each of x: (n, 784) with each of z: (m, dim_z)."""
