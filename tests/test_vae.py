@@ -369,7 +369,7 @@ def test_random_numbers_for_different_purposes_have_different_streams(x, n_more,
 def test_uniform_draws_are_uniform_and_independent():
     u = vae.uniform((1_001, 501), SEED).numpy()  # an odd number of them
     assert u.shape == (1_001, 501)
-    assert u.min() == 0.5 / 2**16  # centred: 0 would count as below any probability
+    assert u.min() == 0.5 / 2**16  # centred: 0 would be below any probability above 0
     assert u.max() == 1 - 0.5 / 2**16
     assert stats.kstest(u.ravel(), "uniform").pvalue > 0.01
     n = u.size // 2

@@ -1,6 +1,6 @@
 """The same network and training step in JAX: an epoch is one compiled scan over its steps.
 
-The training of the well-known MNIST example: He's initialization, Adam at 0.001; SGD as our program's.
+The training of the well-known MNIST example: He's initialization, Adam at 0.001; SGD with one common clip.
 """
 
 from itertools import pairwise
