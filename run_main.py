@@ -117,7 +117,7 @@ FLAGS = {  # group: (name, argparse type or choices, default, whose, help)
         ("n_samples", whole(1, 1_000), None, OWN, "samples of z to train with (default: iwae 5, stein 20)"),
         ("dim_z_lower", whole(1, 10_000), None, OWN, "length of the ladder's lower z (default: 64)"),
         ("n_labels", whole(1), None, OWN, "labelled digits of each class (default: all)"),
-        ("optimizer", tuple(OPTIMIZERS), "sgd", OWN, "SGD with momentum, decay, clipped gradients, or Adam"),
+        ("optimizer", tuple(OPTIMIZERS), "sgd", OWN, "SGD with momentum and clipped gradients, or Adam"),
         ("learn_rate", real(1e-12, 1e6), None, OWN, "at the start (default: 0.02 for sgd, 0.002 for adam)"),
         ("num_epochs", whole(1), 20, OWN, "passes through the training digits; --resume may change it"),
         ("batch_size", whole(1, mnist_data.N_TRAIN), 128, OWN, "mini-batch size"),
