@@ -367,7 +367,10 @@ def load_checkpoint(state, folder):
 
 def load_tensorflow(flags):
     """Loads TensorFlow, whatever Keras' settings, without start-up messages, which no setting silences."""
-    os.environ |= {"KERAS_BACKEND": "tensorflow", "KERAS_HOME": os.devnull, "TF_USE_LEGACY_KERAS": "0"}
+    settings = {"KERAS_BACKEND": "tensorflow", "KERAS_HOME": os.devnull, "TF_USE_LEGACY_KERAS": "0"}
+    os.environ |= settings | {"TF_DETERMINISTIC_OPS": "1"}  # or a GPU would give other bits in every run
+    # This ends XLA's trial of matrix products. Untuned, Triton's take up to ten times the time of cuBLAS'.
+    os.environ.setdefault("XLA_FLAGS", "--xla_gpu_enable_triton_gemm=false")
     os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")  # other programs may use a GPU, too
     # When a worker is gone, TensorFlow logs many lines, then raises.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3" if flags.distribute == "multi_worker" else "2")
@@ -549,7 +552,7 @@ def train(strategy, state, digits, flags, folder):
     train_epoch = compile_training(strategy, state, digits, flags)
     n_weights = sum(math.prod(variable.shape) for variable in state.network.trainable_variables)
     gpus = tf.config.list_logical_devices("GPU")
-    device = f"{len(gpus)} GPUs" if gpus else f"CPU, {os.cpu_count()} threads"
+    device = f"GPUs: {len(gpus)}" if gpus else f"CPU, {os.cpu_count()} threads"
     if not gpus and Path("/dev/nvidia0").exists():
         device += ' (for the GPU: pip install "tensorflow[and-cuda]")'
     say(f"{device}; {n_weights:,} weights; {flags.num_epochs} epochs of {flags.optimizer}")

@@ -233,7 +233,7 @@ def test_another_activation(base, capsys, monkeypatch):
 
 def test_a_third_hidden_layer(base, capsys, monkeypatch):
     monkeypatch.setattr(vae, "VAE", Deeper)
-    run(*SMALL)
+    run(*SMALL, "--dim_z=3")  # no quadrature, which takes 20 s here
     assert_goes_on()
     assert_refused(base, capsys, "epoch-2.npz", "shapes")
 
