@@ -170,10 +170,10 @@ def hide_labels(labels, n, seed):
     return labels
 
 
-def read_digits(paths, background):
-    """Returns the digits in files and folders, (n, 784) float32 in [0, 1]; pictures are formatted as MNIST's.
+def read_digits(paths):
+    """Returns the digits in files and folders, (n, 784) float32 in [0, 1], pictures formatted as MNIST's.
 
-    background: the data's grey level at the border. Raises UserError where a file cannot hold digits.
+    Raises UserError where a file holds none.
     """
     digits = []
     for file in [file for path in paths for file in sorted(path.glob("[!.]*")) or [path]]:
@@ -187,7 +187,7 @@ def read_digits(paths, background):
                 array = loaded if names is None else loaded[names[0] if len(names) == 1 else "images"]
                 digits.append(check_array(array))
             else:
-                digits += [format_digit(grey, background) for grey in read_picture(file)]
+                digits.append(format_digit(read_picture(file)))
         except Exception as error:  # a broken file makes those who read it raise anything
             raise UserError(f"--reconstruct {file}: {reason(error)}") from error
     return np.concatenate(digits)
@@ -203,35 +203,28 @@ def check_array(array):
     top = 255 if array.dtype.kind in "iu" and high > 1 else 1  # a mask is of 0 and 1
     if not (low >= -1e-3 and high <= top + 1e-3):  # rounding dust is fine, NaN is not
         raise ValueError(f"it has {low:g} to {high:g}: take integers from 0 to 255, or reals from 0 to 1")
-    if not np.ptp(images, axis=1).all():
-        raise ValueError("it has an image of one colour: leave it out")
     return np.clip(images / top, 0, 1).astype(np.float32)
 
 
 def read_picture(file):
-    """Returns a picture's frames as a list of grey levels, (height, width), on white where transparent."""
-    from PIL import Image, ImageOps, ImageSequence
+    """Returns a picture's grey levels, (height, width), on white where it is transparent, or its alpha."""
+    from PIL import Image, ImageOps
 
-    greys = []
-    with Image.open(file) as picture:
-        many = picture.format in ("GIF", "TIFF", "PNG", "WEBP")  # others have previews, or several sizes
-        for frame in map(ImageOps.exif_transpose, ImageSequence.Iterator(picture) if many else [picture]):
-            grey = np.asarray(frame)
-            if frame.mode[0] not in "IF":  # 16 or 32 bits, which Pillow would clip to 8
-                rgba, white = frame.convert("RGBA"), Image.new("RGBA", frame.size, "white")
-                alpha = np.asarray(rgba)[..., 3]  # the digit itself, where there is but one colour
-                colours = np.asarray(rgba)[alpha >= alpha.max() / 2, :3]
-                one = np.ptp(colours, axis=0).max() < np.ptp(alpha) / 8  # lossy WebP alters colours a little
-                grey = alpha if one else np.asarray(Image.alpha_composite(white, rgba).convert("L"))
-            greys.append(grey)
-    return greys
+    with Image.open(file) as opened:
+        picture = ImageOps.exif_transpose(opened)
+    if picture.mode[0] in "IF":  # 16 or 32 bits, which Pillow would clip to 8
+        return np.asarray(picture)
+    rgba = picture.convert("RGBA")
+    grey = np.asarray(Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("L"))
+    alpha = np.asarray(rgba)[..., 3]
+    return grey if np.ptp(grey) > np.ptp(alpha) / 8 else alpha  # a white digit on a transparent ground
 
 
-def format_digit(grey, background):
+def format_digit(grey):
     """Returns grey levels, (height, width), as MNIST has them, (1, 784) float32 from 0 to 1.
 
-    The border's level becomes 0 and the farthest from it 1, or the reverse if the data's border is light.
-    Unless the picture is 28 by 28, the digit is cut out, scaled to fit 20 by 20 and centred by its mass.
+    The border's level becomes 0 and the farthest from it 1. Unless the picture is 28 by 28, the digit is cut
+    out, scaled to fit 20 by 20 and centred by its mass.
     """
     from PIL import Image
     from scipy.ndimage import center_of_mass
@@ -250,7 +243,7 @@ def format_digit(grey, background):
         top, left = np.clip(shift, 0, (28 - height, 28 - width)).astype(int)
         ink = np.zeros((28, 28))
         ink[top : top + height, left : left + width] = small / small.max()  # a thin line got faint
-    return (ink if background < 0.5 else 1 - ink).reshape(1, 784).astype(np.float32)
+    return ink.reshape(1, 784).astype(np.float32)
 
 
 @contextlib.contextmanager
