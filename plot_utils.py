@@ -29,25 +29,25 @@ FRAME_SECONDS, LAST_FRAME_SECONDS = 0.2, 2
 COLOURS = "92dadd 717581 832db6 94a4a2 3f90da ffa90e b9ac70 e76300 bd1f01 a96b59".split()  # noqa: SIM905
 
 PICTURES = {  # file name: (whether the flags f ask for it, how it is drawn from the scene s)
-    "input.png": (lambda f: f.PRR, lambda s: image_grid(s.x, *s.grid)),
-    "input_noise.png": (lambda f: f.PRR and f.add_noise, lambda s: image_grid(s.x_corrupted, *s.grid)),
-    "reconstruction.png": (lambda f: f.PRR, lambda s: image_grid(s.restored, *s.grid)),
+    "input.png": (lambda f: f.PRR, lambda s: png(tile(s.x, *s.grid))),
+    "input_noise.png": (lambda f: f.PRR and f.add_noise, lambda s: png(tile(s.x_corrupted, *s.grid))),
+    "reconstruction.png": (lambda f: f.PRR, lambda s: png(tile(s.restored, *s.grid))),
     "denoising.png": (
         lambda f: f.PRR and f.add_noise,
         lambda s: comparison([s.x, s.x_corrupted, s.restored], *s.grid),
     ),
-    "manifold.png": (lambda f: f.PMLR, lambda s: manifold(*s.manifold, s.flags.PMLR_resize_factor)),
-    "manifold.gif": (lambda f: f.PMLR and f.animate, lambda s: animation(s.frames)),
-    "latent_map.png": (lambda f: f.PMLR is not False and f.dim_z > 1, lambda s: latent_map(*s.points)),
-    "samples.png": (lambda f: True, lambda s: image_grid(s.samples, *s.grid)),
-    "interpolation.png": (lambda f: True, lambda s: interpolation(*s.lines)),
-    "posterior.png": (lambda f: f.PMLR and f.model != "ladder", lambda s: posterior(*s.posteriors)),
-    "simplex.png": (lambda f: f.PMLR and f.model == "stick_breaking", lambda s: simplex(*s.sticks)),
+    "manifold.png": (lambda f: f.PMLR, lambda s: manifold(*s.manifold(), s.flags.PMLR_resize_factor)),
+    "manifold.gif": (lambda f: f.PMLR and f.animate, lambda s: animation(s.state.frames)),
+    "latent_map.png": (lambda f: f.PMLR is not False and f.dim_z > 1, lambda s: latent_map(*s.points())),
+    "samples.png": (lambda f: True, lambda s: png(tile(s.samples, *s.grid))),
+    "interpolation.png": (lambda f: True, lambda s: interpolation(*s.lines())),
+    "posterior.png": (lambda f: f.PMLR and f.model != "ladder", lambda s: posterior(*s.posteriors())),
+    "simplex.png": (lambda f: f.PMLR and f.model == "stick_breaking", lambda s: simplex(*s.sticks())),
     "layers.png": (
         lambda f: f.PRR and f.model == "ladder",
         lambda s: comparison([s.x, s.decode(s.mean[: len(s.x)]), s.restored], *s.grid),
     ),
-    "elbo.png": (lambda f: True, lambda s: elbo_curves(s.history, s.flags.keep_prob)),
+    "elbo.png": (lambda f: True, lambda s: elbo_curves(s.state.history, s.flags.keep_prob)),
 }
 
 
@@ -62,27 +62,19 @@ class Scene:
     """What is on the pictures: test digits and what the network makes of them, as arrays."""
 
     def __init__(self, state, digits, flags):
-        self.network, self.flags = state.network, flags
-        self.history, self.frames = state.history, state.frames
+        self.network, self.state, self.flags = state.network, state, flags
         n = flags.PRR_n_img_x * flags.PRR_n_img_y
         self.grid = flags.PRR_n_img_x, flags.PRR_n_img_y, flags.PRR_resize_factor
         self.clean, self.inputs = digits.test
         self.x, self.x_corrupted, self.labels = self.clean[:n], self.inputs[:n], digits.test_labels
         self.mean = np.concatenate([self.network.encode(part) for part in np.array_split(self.inputs, 10)])
+        self.restored = self.network.reconstruct(self.x_corrupted).numpy()
+        self.samples = self.network.sample(n, (flags.seed, 0)).numpy()
 
     def decode(self, z):
         """Returns the images (..., 784) of latent vectors z: (..., dim_z)."""
         return self.network.decode(z.reshape(-1, z.shape[-1])).numpy().reshape(*z.shape[:-1], -1)
 
-    @property
-    def restored(self):
-        return self.network.reconstruct(self.x_corrupted).numpy()
-
-    @property
-    def samples(self):
-        return self.network.sample(self.grid[0] * self.grid[1], (self.flags.seed, 0)).numpy()
-
-    @property
     def lines(self):
         """Digits, images decoded along the line from their latent means to those of others, these others."""
         n, other = N_INTERPOLATIONS, self.labels[:, None] != self.labels[:N_INTERPOLATIONS]
@@ -90,24 +82,17 @@ class Scene:
         z = np.linspace(self.mean[:n], self.mean[ends], INTERPOLATION_STEPS, axis=1)
         return self.inputs[:n], self.decode(z), self.inputs[ends]
 
-    @property
     def points(self):
-        """The map's points, (n, 2), their labels, (n,), and what its axes are.
-
-        Beyond two dimensions, the latent means on their first two principal components.
-        """
+        """The map's points, (n, 2), labels, (n,), and axes: z, or its first two principal components."""
         n, centred = self.flags.PMLR_n_samples, self.mean - self.mean.mean(axis=0)
         if self.mean.shape[1] == 2:
             return self.mean[:n], self.labels[:n], ("$z_1$", "$z_2$")
         variances, components = np.linalg.eigh(np.cov(centred.T))
-        shares = variances[:-3:-1] / variances.sum()
-        axes = [
-            f"{name} principal component of z, {share:.0%} of the variance"
-            for name, share in zip(("first", "second"), shares, strict=True)
-        ]
+        first, second = variances[:-3:-1] / variances.sum()
+        text = "{} principal component of z, {:.0%} of the variance"
+        axes = text.format("first", first), text.format("second", second)
         return (centred @ components[:, :-3:-1])[:n], self.labels[:n], axes
 
-    @property
     def posteriors(self):
         """Digits, windows of the plane, log p(x, z) there, the encoder's means and deviations, particles."""
         x, inputs, network = self.clean[:N_POSTERIORS], self.inputs[:N_POSTERIORS], self.network
@@ -121,13 +106,11 @@ class Scene:
         particles = draws(inputs, 100, seed=(self.flags.seed, 1)) if draws else None
         return x, windows, log_joints, mean, std, particles
 
-    @property
     def sticks(self):
         """The three sticks that the test digits' latent means stand for, (n, 3), and the labels, (n,)."""
         n = self.flags.PMLR_n_samples
         return self.network.sticks(self.mean[:n]).numpy(), self.labels[:n]
 
-    @property
     def manifold(self):
         """The images decoded on a grid, (rows * columns, 784), and the z of its columns and of its rows."""
         flags = self.flags
@@ -150,11 +133,6 @@ def tile(images, n_x, n_y, resize_factor=1.0):
     levels = grey_levels(images)
     height, width = levels.shape[1:]
     return levels.reshape(n_y, n_x, height, width).swapaxes(1, 2).reshape(n_y * height, n_x * width)
-
-
-def image_grid(images, n_x, n_y, resize_factor=1.0):
-    """PNG of n_x * n_y images, (n_x * n_y, 784): each of their pixels becomes resize_factor pixels."""
-    return png(tile(images, n_x, n_y, resize_factor))
 
 
 def comparison(batches, n_x, n_y, resize_factor=1.0):
@@ -210,7 +188,7 @@ def manifold(images, z_x, z_y, resize_factor=1.0):
 
 def frame(state, digits, flags):
     """Returns the manifold as a frame of the animation: (height, width) uint8."""
-    images, z_x, z_y = Scene(state, digits, flags).manifold
+    images, z_x, z_y = Scene(state, digits, flags).manifold()
     return tile(images, len(z_x), len(z_y), min(1, FRAME_SIZE / (28 * max(len(z_x), len(z_y)))))
 
 

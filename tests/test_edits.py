@@ -170,7 +170,7 @@ def test_another_likelihood(base, capsys, few_digits, monkeypatch):
     np.testing.assert_array_equal(network.reconstruct(x), restored)
     picture = plot_utils.tile(restored.numpy()[:100], 10, 10)
     np.testing.assert_array_equal(Image.open(RUN / "reconstruction.png"), picture)
-    images, z_x, z_y = plot_utils.Scene(state, digits, flags).manifold
+    images, z_x, z_y = plot_utils.Scene(state, digits, flags).manifold()
     np.testing.assert_array_equal(images[0], network.decoder(tf.constant([[z_x[0], z_y[0]]], tf.float32))[0])
     with np.load(RUN / "generated.npz") as generated:
         mean = tf.reshape(network.decoder(generated["z"]), (-1, 28, 28))
@@ -188,7 +188,7 @@ def test_another_noise(few_digits, monkeypatch):
     """Training and evaluation see the same numbers, which are neither rounded nor cut."""
 
     def gaussian_noise(x, noise_level, seed):
-        noise = tf.random.stateless_normal(x.shape, tf.random.fold_in(seed, vae.Stream.NOISE))
+        noise = tf.random.stateless_normal(x.shape, tf.random.fold_in(seed, vae.NOISE))
         return x + noise_level * noise
 
     monkeypatch.setattr(vae, "salt_and_pepper", gaussian_noise)
@@ -250,7 +250,8 @@ def test_random_streams_of_a_deeper_network(monkeypatch):
     x = np.full((2, 784), 0.5, np.float32)
     Deeper(2, 8).elbo_terms(x, x, seed=[0, 0], keep_prob=0.5)
     assert len(streams) == len(set(streams)) == 5
-    assert set(streams) & set(vae.Stream) == {vae.Stream.DROPOUT}
+    others = {vae.UPPER_LAYER, vae.IMPORTANCE, vae.BINARIZATION, vae.NOISE}
+    assert not set(streams) & others
 
 
 def add_flag(monkeypatch, *row):
@@ -325,7 +326,7 @@ def test_a_new_flag_of_the_run(base, capsys, monkeypatch):
 def test_a_new_picture_with_a_flag(base, monkeypatch):
     """One row in each of two tables: drawn where asked for, loaded, and removed when out of date."""
     add_flag(monkeypatch, "stripe", run_main.switch, False, run_main.KEPT, "draw the first test digits")
-    picture = (lambda flags: flags.stripe, lambda scene: plot_utils.image_grid(scene.x[:10], 10, 1))
+    picture = (lambda flags: flags.stripe, lambda scene: plot_utils.png(plot_utils.tile(scene.x[:10], 10, 1)))
     monkeypatch.setitem(plot_utils.PICTURES, "stripe.png", picture)
     stripe = RUN / "stripe.png"
     run("--load", base, "--stripe")  # which was trained before there was such a flag

@@ -30,14 +30,14 @@ def digits():
     return images, images.reshape(6, 784) / 255
 
 
-def test_image_grid_has_the_digits_pixels(digits):
+def test_tiles_have_the_digits_pixels(digits):
     images, batch = digits
-    picture = decode(plot_utils.image_grid(batch, n_x=3, n_y=2))
+    picture = decode(plot_utils.png(plot_utils.tile(batch, n_x=3, n_y=2)))
     expected = np.block([[images[0], images[1], images[2]], [images[3], images[4], images[5]]])
     for channel in range(3):
         np.testing.assert_array_equal(picture[..., channel], expected)
     faint = np.full((1, 784), 0.2)
-    assert (decode(plot_utils.image_grid(faint, 1, 1)) == 51).all()  # whatever the range of the images
+    assert (plot_utils.tile(faint, 1, 1) == 51).all()  # whatever the range of the images
 
 
 @pytest.mark.parametrize("factor", [0.5, 1.5, 3.0])
@@ -45,7 +45,7 @@ def test_resized_digits(factor):
     images = np.zeros((2, 28, 28))
     images[0, :14] = images[1, :, :14] = 1  # upper half, left half
     side = round(28 * factor)
-    picture = decode(plot_utils.image_grid(images.reshape(2, 784), 2, 1, factor))[..., 0]
+    picture = decode(plot_utils.png(plot_utils.tile(images.reshape(2, 784), 2, 1, factor)))[..., 0]
     assert picture.shape == (side, 2 * side)
     middle, edge = side // 2, max(2, round(2 * factor))
     assert (picture[: middle - edge, :side] > 240).all()
@@ -276,11 +276,11 @@ def test_pictures_show_the_test_digits_and_what_the_network_makes_of_them(scene)
     z = state.network.encode(ends).numpy()
     line = state.network.decode(np.linspace(*z, plot_utils.INTERPOLATION_STEPS)).numpy()
     expected = {
-        "input.png": plot_utils.image_grid(x, 3, 2, 2),
-        "input_noise.png": plot_utils.image_grid(x_corrupted, 3, 2, 2),
-        "reconstruction.png": plot_utils.image_grid(restored, 3, 2, 2),
+        "input.png": plot_utils.png(plot_utils.tile(x, 3, 2, 2)),
+        "input_noise.png": plot_utils.png(plot_utils.tile(x_corrupted, 3, 2, 2)),
+        "reconstruction.png": plot_utils.png(plot_utils.tile(restored, 3, 2, 2)),
         "denoising.png": plot_utils.comparison([x, x_corrupted, restored], 3, 2, 2),
-        "samples.png": plot_utils.image_grid(state.network.sample(6, (5, 0)).numpy(), 3, 2, 2),
+        "samples.png": plot_utils.png(plot_utils.tile(state.network.sample(6, (5, 0)).numpy(), 3, 2, 2)),
         "interpolation.png": plot_utils.interpolation(ends[:1], line[None], ends[1:]),
     }
     for name, png in expected.items():
@@ -316,7 +316,7 @@ def test_pictures_of_the_latent_plane_show_the_means_and_a_grid(scene, monkeypat
 def test_posteriors_are_of_the_test_digits(scene):
     """The picture's window, the density in it and the encoder's Gaussian."""
     state, digits = scene
-    x, windows, log_joints, mean, std, particles = plot_utils.Scene(state, digits, parse()).posteriors
+    x, windows, log_joints, mean, std, particles = plot_utils.Scene(state, digits, parse()).posteriors()
     n = plot_utils.N_POSTERIORS
     np.testing.assert_array_equal(x, digits.test[0][:n])
     means, log_vars = state.network.encoder(digits.test[1][:n])
@@ -350,10 +350,10 @@ def test_lines_run_between_different_classes(scene):
     labels = np.random.default_rng(0).integers(0, 2, 60)
     one_class = plot_utils.Scene(state, digits, parse())
     one_class.labels = np.zeros(60)
-    assert len(one_class.lines[2]) == plot_utils.N_INTERPOLATIONS  # they have to end somewhere
+    assert len(one_class.lines()[2]) == plot_utils.N_INTERPOLATIONS  # they have to end somewhere
     mixed = plot_utils.Scene(state, digits, parse())
     mixed.labels = labels
-    starts, _, ends = mixed.lines
+    starts, _, ends = mixed.lines()
     of = {image.tobytes(): label for image, label in zip(digits.test[1], labels, strict=True)}
     for start, end in zip(starts, ends, strict=True):
         assert of[start.tobytes()] != of[end.tobytes()]
