@@ -15,7 +15,6 @@ Each density is written once, and all else uses it. All random functions but the
 stateless: the same `seed`, two int32 numbers, gives the same draw (normal ones differ with and without XLA).
 """
 
-import enum
 import math
 
 import keras
@@ -25,14 +24,9 @@ import tensorflow as tf
 N_PIXELS = 28 * 28
 IMPORTANCE_CHUNK = 50  # importance samples per image processed at once; bounds the memory they take
 
-
-class Stream(enum.IntEnum):
-    """The number folded into a seed for each purpose, so that the draws are independent.
-
-    Dropout takes DROPOUT, DROPOUT + 1, ... for one layer after the other; reparameterize, the seed as it is.
-    """
-
-    UPPER, IMPORTANCE, BINARIZATION, NOISE, DROPOUT = -3, -2, -1, 0, 1
+# The numbers folded into a seed, one per purpose, so that the draws are independent. Dropout takes DROPOUT,
+# DROPOUT + 1, ... for one layer after the other; reparameterize, the seed as it is.
+UPPER_LAYER, IMPORTANCE, BINARIZATION, NOISE, DROPOUT = -3, -2, -1, 0, 1
 
 
 def reparameterize(mean, log_var, seed):
@@ -99,7 +93,7 @@ class Bernoulli:
         return binarize(tf.sigmoid(logits), seed)
 
     def output_bias(self, mean_image):
-        """The logits, (784,), whose mean is mean_image; finite where a pixel is always black."""
+        """The logits whose mean is mean_image, (784,) or one number; finite where a pixel is always black."""
         pixels = np.clip(mean_image, 0.001, 0.999)
         return np.log(pixels / (1 - pixels))
 
@@ -117,17 +111,16 @@ class VAE(keras.Model):
     # Initial biases of the decoder's first layer, in standard deviations of its weights. With 0, all of its
     # units would change sign at the origin of the latent plane; spread over it, 6 epochs gain 1.5 nats.
     spread = 2.0
+    extra_inputs = 0  # of the decoder, beside z
 
     def __init__(self, dim_z=2, n_hidden=500, mean_image=0.5, seed=0, **options):
         super().__init__(name="vae", dtype="float32")
-        self.dim_z, self.n_hidden, self.options = dim_z, n_hidden, options  # these are for the papers' models
-        mean_image = np.broadcast_to(mean_image, N_PIXELS)
+        self.dim_z, self.n_hidden, self.options = dim_z, n_hidden, options  # options: of the papers' models
         draws = keras.random.SeedGenerator(seed)
         he = keras.initializers.HeNormal(draws)
         # A tenth of He: the loss sums 784 pixels, so full-size outputs make the first gradients huge. Clipped
-        # SGD tolerates them, but ends 1.0 nats worse (dim_z 2, 20 epochs).
+        # SGD tolerates them, but ends 0.4 nats worse (dim_z 2, 20 epochs).
         tenth_of_he = keras.initializers.VarianceScaling(2 * 0.1**2, "fan_in", "truncated_normal", draws)
-        constant = keras.initializers.Constant
 
         def dense(name, n_in, n_out, activation=None, kernel=he, bias="zeros"):
             options = {"kernel_initializer": kernel, "bias_initializer": bias, "dtype": "float32"}
@@ -140,18 +133,17 @@ class VAE(keras.Model):
             dense("encoder_2", n_hidden, n_hidden, "tanh"),
         ]
         self.encoder_output = dense("z_mean_and_log_var", n_hidden, 2 * dim_z, kernel=tenth_of_he)
-        n_code = self.dim_code(dim_z)
+        n_code = dim_z + self.extra_inputs
         spread = keras.initializers.RandomNormal(0.0, self.spread * math.sqrt(2 / n_code), seed=draws)
         self.decoder_hidden = [
             dense("decoder_1", n_code, n_hidden, "tanh", bias=spread),
             dense("decoder_2", n_hidden, n_hidden, "elu"),
         ]
         # Before training, the decoder answers roughly with the mean image.
-        bias = constant(self.likelihood.output_bias(mean_image))
+        bias = keras.initializers.Constant(self.likelihood.output_bias(mean_image))
         self.decoder_output = dense("decoder_output", n_hidden, N_PIXELS, kernel=tenth_of_he, bias=bias)
-        self.mean_image = self.add_weight(
-            (N_PIXELS,), constant(mean_image), trainable=False, name="mean_image"
-        )
+        mean_image = keras.initializers.Constant(mean_image)
+        self.mean_image = self.add_weight((N_PIXELS,), mean_image, trainable=False, name="mean_image")
         self.dense, self.small = dense, tenth_of_he
         self.built = True  # dense() has built all layers
 
@@ -159,14 +151,10 @@ class VAE(keras.Model):
         """What keras.models.load_model makes the network from; all else is in its weights."""
         return {"dim_z": self.dim_z, "n_hidden": self.n_hidden, **self.options}
 
-    def dim_code(self, dim_z):
-        """Returns how many numbers the decoder makes an image from."""
-        return dim_z
-
     def features(self, x, keep_prob=1.0, seed=None):
         """The encoder's hidden layers: returns (batch, n_hidden) for images x: (batch, 784)."""
         h = x - self.mean_image  # centred
-        for stream, layer in enumerate(self.encoder_hidden, Stream.DROPOUT):
+        for stream, layer in enumerate(self.encoder_hidden, DROPOUT):
             h = dropout(layer(h), keep_prob, seed, stream)
         return h
 
@@ -177,7 +165,7 @@ class VAE(keras.Model):
     def decoder(self, z, *, keep_prob=1.0, seed=None):
         """The Bernoulli decoder p(x|z): returns the pixels' logits, (batch, 784), for z: (batch, dim_z)."""
         h = z
-        for stream, layer in enumerate(self.decoder_hidden, Stream.DROPOUT + len(self.encoder_hidden)):
+        for stream, layer in enumerate(self.decoder_hidden, DROPOUT + len(self.encoder_hidden)):
             h = dropout(layer(h), keep_prob, seed, stream)
         return self.decoder_output(h)
 
@@ -214,7 +202,7 @@ class VAE(keras.Model):
         log p(x) ~ logsumexp_k log_weights_k - log n_importance. With one sample its mean is the ELBO; it
         rises with their number towards log p(x) (Burda et al. 2016, section 3).
         """
-        seed = tf.random.fold_in(seed, Stream.IMPORTANCE)
+        seed = tf.random.fold_in(seed, IMPORTANCE)
         n_chunks = math.ceil(n_importance / IMPORTANCE_CHUNK)
         size = math.ceil(n_importance / n_chunks)
 
@@ -286,7 +274,7 @@ def pixels(x):
 
 def halves(array):
     """Returns the two halves of the last axis: mean and log_var."""
-    n = array.shape[-1] // 2
+    n = array.shape[-1] // 2  # the gradient of tf.split would not compile within tf.distribute
     return array[..., :n], array[..., n:]
 
 
@@ -324,21 +312,18 @@ def dropout(h, keep_prob, seed, stream):
 
 def salt_and_pepper(x, noise_level, seed):
     """Returns x: (batch, 784), each pixel replaced with probability noise_level by 0 or 1 at even odds."""
-    u = uniform(tuple(x.shape), tf.random.fold_in(seed, Stream.NOISE))
+    u = uniform(tuple(x.shape), tf.random.fold_in(seed, NOISE))
     return tf.where(u < noise_level / 2, 0.0, tf.where(u < noise_level, 1.0, x))
 
 
 def binarize(x, seed):
     """Returns x: (batch, 784), each pixel drawn from Bernoulli(grey level): Salakhutdinov and Murray 2008."""
-    u = uniform(tuple(x.shape), tf.random.fold_in(seed, Stream.BINARIZATION))
+    u = uniform(tuple(x.shape), tf.random.fold_in(seed, BINARIZATION))
     return tf.cast(u < x, tf.float32)
 
 
 def active_units(mean):
-    """Returns how many latent units of mean: (n, dim_z), over n images, are active: Var_x[E[z|x]] > 0.01.
-
-    Burda et al. 2016, section 5.2.
-    """
+    """Returns how many units of mean: (n, dim_z) are active: Var_x[E[z|x]] > 0.01 (Burda et al. 2016)."""
     return tf.math.count_nonzero(tf.math.reduce_variance(mean, axis=0) > 0.01)
 
 
@@ -418,10 +403,8 @@ class StickBreaking(VAE):
     """
 
     CONCENTRATION = 5.0
+    extra_inputs = 1  # the last stick
     spread = 0.0  # sticks are small: biases would drown them
-
-    def dim_code(self, dim_z):
-        return dim_z + 1
 
     def sticks(self, z):
         """Returns the sticks, (..., dim_z + 1), that z: (..., dim_z) stands for: they add to 1."""
@@ -441,7 +424,7 @@ class Ladder(VAE):
     p(z_2) = N(0, I), p(z_1|z_2) a Gaussian by a network, p(x|z_1) the decoder. q(z_1|z_2, x) is the product
     of p(z_1|z_2) and the encoder's Gaussian: precisions add (equations 17 and 18). z_2, of dim_z numbers, is
     what encode and decode speak of; z_1 has dim_z_lower numbers. The paper has up to five layers, and batch
-    normalization.
+    normalization; here, the layers up_* and down_* have no dropout.
     """
 
     log_joint = log_marginal_likelihood_grid = None  # z_2 alone gives no p(x|z)
@@ -484,7 +467,7 @@ class Ladder(VAE):
         """Returns draws of both layers, (n, batch, ...), z_1 first: each z with its q and its prior."""
         encoded, upper = self.both_encoders(x, keep_prob, seed)
         mean, log_var = repeated(upper, n)
-        z_2 = reparameterize(mean, log_var, tf.random.fold_in(seed, Stream.UPPER))
+        z_2 = reparameterize(mean, log_var, tf.random.fold_in(seed, UPPER_LAYER))
         prior = self.lower_prior(z_2)
         lower = self.merge(encoded, prior)
         return (reparameterize(*lower, seed), lower, prior), (z_2, (mean, log_var))
@@ -519,7 +502,7 @@ class Ladder(VAE):
 
     def draw(self, n, seed):
         z_2 = self.prior.sample(n, self.dim_z, seed)
-        z_1 = reparameterize(*self.lower_prior(z_2), tf.random.fold_in(seed, Stream.UPPER))
+        z_1 = reparameterize(*self.lower_prior(z_2), tf.random.fold_in(seed, UPPER_LAYER))
         return z_2, super().decoder(z_1)
 
     def test_metrics(self, x, labels):
