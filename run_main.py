@@ -8,7 +8,6 @@ import itertools
 import json
 import math
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -39,17 +38,9 @@ EVALUATION, GENERATION = 0, -1  # in place of an epoch in the seeds of random nu
 MOMENTUM = 0.98  # Nesterov's
 WEIGHT_DECAY = 0.003  # gains half a nat in 60 epochs: the network fits the training digits less closely
 # In the first epochs, gradient norms range from 1 (biases) to 50 (the encoder's output layer), so each is
-# clipped on its own: with all clipped by one common norm, the ELBO is -148.
+# clipped on its own: with all clipped by one common norm, of 1 or 3, the ELBO is -145.7 or -142.1.
 CLIP_NORM = 1.0
 ANNEALED = 0.5  # the share of the run during which dropout declines to nothing
-
-
-def clip(gradient):
-    """Returns a weight matrix's or bias vector's gradient, scaled down where its norm is above CLIP_NORM."""
-    # XLA computes one large norm on one core, but many small ones on all. It saves a sixth of an epoch.
-    rows = tf.reshape(gradient, (math.gcd(gradient.shape.num_elements(), 16), -1))
-    norm = tf.norm(tf.norm(rows, axis=0))
-    return gradient * (CLIP_NORM / tf.maximum(norm, CLIP_NORM))
 
 
 def clipped_sgd(learning_rate):
@@ -57,7 +48,11 @@ def clipped_sgd(learning_rate):
 
     class ClippedSGD(tf.keras.optimizers.SGD):
         def update_step(self, gradient, variable, learning_rate):
-            super().update_step(clip(gradient), variable, learning_rate)
+            # XLA computes one large norm on one core, but many small ones on all, which saves a sixth.
+            rows = tf.reshape(gradient, (math.gcd(gradient.shape.num_elements(), 16), -1))
+            norm = tf.norm(tf.norm(rows, axis=0))
+            clipped = gradient * (CLIP_NORM / tf.maximum(norm, CLIP_NORM))
+            super().update_step(clipped, variable, learning_rate)
 
     return ClippedSGD(learning_rate, MOMENTUM, nesterov=True, weight_decay=WEIGHT_DECAY)
 
@@ -144,7 +139,7 @@ FLAGS = {  # group: (name, argparse type or choices, default, whose, help)
         ("PMLR_resize_factor", real(0.04, 3), 1.0, KEPT, "size of a digit in units of 28 pixels"),
         ("PMLR_z_range", real(0.001, 8), 3.0, KEPT, "the manifold shows z from minus this to this"),
         ("PMLR_n_samples", whole(1, mnist_data.N_TEST), 5_000, KEPT, "digits on the map, or all"),
-        ("animate", switch, False, KEPT, "keep how the manifold forms in manifold.gif, a frame per epoch"),
+        ("animate", switch, False, OWN, "keep how the manifold forms in manifold.gif, a frame per epoch"),
     ),
     "run, and what to do with it afterwards": (
         ("results_path", path, None, COMMAND, "new folder for the run (default: the next results/runN)"),
@@ -163,8 +158,7 @@ ONCE = {"generated.npz": "n_generate", "reconstructed.npz": "reconstruct", "reco
 
 def make_parser():
     """Returns the parser of FLAGS."""
-    narrow = partial(argparse.HelpFormatter, width=min(79, shutil.get_terminal_size().columns))
-    parser = argparse.ArgumentParser("run_main.py", formatter_class=narrow, allow_abbrev=False)
+    parser = argparse.ArgumentParser("run_main.py", allow_abbrev=False)
 
     def refuse(message):
         raise UserError(f"{' '.join(message.split())}; --help lists the flags")
@@ -192,18 +186,17 @@ def parse_flags(arguments=None):
         recorded = read_json(run / "config.json").get("flags")
         if not isinstance(recorded, dict) or recorded.get("load"):
             raise UserError(f"{run} has no run that was trained there, or its config.json is damaged")
-        needed = {name for name, whose in WHOSE.items() if whose == OWN}
-        if differing := sorted((needed - recorded.keys()) | (recorded.keys() - WHOSE.keys())):
+        own = {name for name, whose in WHOSE.items() if whose == OWN}
+        if differing := sorted((own - recorded.keys()) | (recorded.keys() - WHOSE.keys())):
             raise UserError(f"the run in {run} is of code with other flags: --{', --'.join(differing)}")
         kinds = (OWN, KEPT, RESUMED) if flags.resume else (OWN, KEPT)
         kept = [f"--{n}={recorded[n]}" for n in WHOSE if WHOSE[n] in kinds and recorded.get(n) is not None]
-        flags, own = (parser.parse_args([*kept, *more]) for more in (arguments, ()))
+        flags = parser.parse_args([*kept, *arguments])
         here = not flags.results_path or flags.results_path.resolve() == run.resolve()
         flags.results_path = run if here else flags.results_path
-        free = ("num_epochs", "learn_rate") if flags.resume else () if here else ("seed",)
-        for name, value in vars(own).items():
-            given = getattr(flags, name)
-            if given != value and name not in free and (WHOSE[name] == OWN or (name == "animate" and given)):
+        free = {"num_epochs", "learn_rate"} if flags.resume else set() if here else {"seed"}
+        for name in sorted(own - free):
+            if (given := getattr(flags, name)) != (value := recorded[name]):
                 raise UserError(f"--{name} is {given}, and the run in {run} has {value}: leave it out")
     flags.learn_rate = flags.learn_rate or OPTIMIZERS[flags.optimizer][1]
     for name, default in MODELS[flags.model][1].items():
@@ -232,7 +225,7 @@ def check_together(flags):
         (flags.resume and epochs < done, f"--num_epochs {epochs}: {folder} has {done}; take no fewer"),
         (flags.PMLR and not plane, f"--PMLR draws a plane, and --dim_z is {flags.dim_z}: leave one out"),
         (flags.animate and not plane, "--animate shows the manifold: it needs --dim_z 2"),
-        (flags.animate and epochs > 100, "--animate: take --num_epochs 100 or fewer"),
+        (flags.animate and epochs > 100, "--num_epochs has to be 100 or fewer in a run with --animate"),
         (alien, f"--model {flags.model} has no {' and no '.join(alien)}: leave it out"),
         (flags.binarize and flags.model == "least_squares", "--binarize: least_squares is for grey levels"),
         (flags.noise_level != 0.5 and not flags.add_noise, "--noise_level does nothing without --add_noise"),
@@ -252,9 +245,8 @@ def load_data(flags):
     run, where = flags.load or (flags.resume and flags.results_path), f"--data_dir {flags.data_dir}"
     if run and read_json(run / "config.json").get("data_sha256") != data.sha256:
         raise UserError(f"{where} holds other data than the run in {run} began with")
-    n_shown = flags.PRR_n_img_x * flags.PRR_n_img_y
     n_train, n_test = len(data.train_images), len(data.test_images)
-    if flags.batch_size > n_train or n_shown > n_test:
+    if flags.batch_size > n_train or flags.PRR_n_img_x * flags.PRR_n_img_y > n_test:
         raise UserError(f"{where} has {n_train:,} and {n_test:,} digits: lower --batch_size or --PRR_n_img_x")
     return data
 
@@ -292,7 +284,6 @@ def begin_run(flags, data):
         versions = {"python": sys.version} | {module.__name__: module.__version__ for module in modules}
         config = {"flags": own, "versions": versions, "data_sha256": data and data.sha256}
         write_whole(folder / "config.json", json.dumps(config, indent=2, default=str) + "\n")
-    flags.results_path = folder
     return folder
 
 
@@ -330,9 +321,8 @@ def save_checkpoint(state, folder):
     arrays |= {f"variable_{i}": variable.numpy() for i, variable in enumerate(variables)}
     with whole_file(folder / "checkpoint" / f"epoch-{epoch}.npz") as part:
         np.savez(part, **arrays)
-    for old, file in checkpoints(folder).items():
-        if old < epoch - 1:
-            file.unlink()
+    for old in list(checkpoints(folder).values())[:-2]:
+        old.unlink()
     write_log(folder, state.history)
 
 
@@ -367,10 +357,10 @@ def load_checkpoint(state, folder):
 
 def load_tensorflow(flags):
     """Loads TensorFlow, whatever Keras' settings, without start-up messages, which no setting silences."""
-    settings = {"KERAS_BACKEND": "tensorflow", "KERAS_HOME": os.devnull, "TF_USE_LEGACY_KERAS": "0"}
-    os.environ |= settings | {"TF_DETERMINISTIC_OPS": "1"}  # or a GPU would give other bits in every run
-    # This ends XLA's trial of matrix products. Untuned, Triton's take up to ten times the time of cuBLAS'.
-    os.environ.setdefault("XLA_FLAGS", "--xla_gpu_enable_triton_gemm=false")
+    os.environ |= {"KERAS_BACKEND": "tensorflow", "KERAS_HOME": os.devnull, "TF_USE_LEGACY_KERAS": "0"}
+    os.environ["TF_DETERMINISTIC_OPS"] = "1"  # or a GPU would give other bits in every run
+    # Without autotuning, which that ends, Triton's matrix products take up to ten times as long as cuBLAS'.
+    os.environ["XLA_FLAGS"] = f"--xla_gpu_enable_triton_gemm=false {os.environ.get('XLA_FLAGS', '')}"
     os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")  # other programs may use a GPU, too
     # When a worker is gone, TensorFlow logs many lines, then raises.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3" if flags.distribute == "multi_worker" else "2")
@@ -404,23 +394,20 @@ def join_workers():
 
 @contextlib.contextmanager
 def make_strategy(flags):
-    """Yields the tf.distribute strategy to train with; a worker that is gone is a UserError within."""
+    """Yields the tf.distribute strategy; within, too little memory or a lost worker is a UserError."""
     kinds = {"none": tf.distribute.get_strategy, "mirrored": tf.distribute.MirroredStrategy}
     strategy = kinds.get(flags.distribute, join_workers)()
     n, errors = strategy.num_replicas_in_sync, tf.errors
     if flags.batch_size % n:
         raise UserError(f"--batch_size {flags.batch_size} cannot be split over {n} replicas: take a multiple")
+    gone = errors.UnavailableError, errors.DeadlineExceededError, errors.AbortedError, errors.CancelledError
+    gone = gone if flags.distribute == "multi_worker" else ()
     try:
         yield strategy
         check_agreement(strategy, "ends", "")  # wait for each other: a worker that ends early counts as dead
-    except (OSError, MemoryError, errors.ResourceExhaustedError) as error:
-        text = reason(error) if hasattr(error, "errno") else "out of memory: lower --n_hidden or --batch_size"
-        goes_on = flags.results_path != flags.load and checkpoints(flags.results_path)
-        raise UserError(text + ("; --resume goes on" if goes_on else "")) from error
-    except errors.OpError as error:
-        gone = ("UnavailableError", "DeadlineExceededError", "AbortedError", "CancelledError")
-        if flags.distribute != "multi_worker" or type(error).__name__ not in gone:
-            raise
+    except (MemoryError, errors.ResourceExhaustedError) as error:
+        raise UserError("out of memory: lower --n_hidden or --batch_size") from error
+    except gone as error:
         raise UserError("another worker is gone: start all again, with --resume after an epoch") from error
 
 
@@ -493,7 +480,7 @@ def compile_training(strategy, state, digits, flags):
     if flags.distribute != "none":  # XLA cannot compile the exchange between replicas, only what lies between
         training_terms = tf.function(training_terms, jit_compile=True, autograph=False)
     n_steps, n_replicas = len(images) // flags.batch_size, strategy.num_replicas_in_sync
-    linear = partial(tf.keras.optimizers.schedules.PolynomialDecay, power=1.0)
+    linear = tf.keras.optimizers.schedules.PolynomialDecay
     # Annealed dropout (Rennie, Goel and Thomas 2014): its noise helps at the start and hinders at the end.
     drop_prob = linear(1 - flags.keep_prob, max(1, int(ANNEALED * flags.num_epochs * n_steps)), 0.0)
     kl_weight = linear(0.0, max(1, flags.warm_up * n_steps), flags.kl_weight)
@@ -542,9 +529,8 @@ def evaluate(network, x, x_corrupted, flags):
 
 def elbo(part, terms):
     """Returns the ELBO and its terms, nats per image, by name."""
-    reconstruction, kl = map(float, terms)
-    named = {"elbo": -(reconstruction + kl), "reconstruction": reconstruction, "kl": kl}
-    return {f"{part}_{name}": value for name, value in named.items()}
+    error, kl = map(float, terms)
+    return {f"{part}_elbo": -(error + kl), f"{part}_reconstruction": error, f"{part}_kl": kl}
 
 
 def train(strategy, state, digits, flags, folder):
@@ -651,7 +637,7 @@ def write_results(state, digits, flags, folder):
 
 def run(flags):
     """Does what the flags ask for: digits, network, training, numbers and pictures."""
-    own_images = mnist_data.read_digits(flags.reconstruct, 0) if flags.reconstruct else None
+    own_images = mnist_data.read_digits(flags.reconstruct) if flags.reconstruct else None
     # With --load, new images and one's own digits need no data.
     without_data = flags.load and (flags.reconstruct or (flags.n_generate and not flags.n_importance))
     data = None if without_data else load_data(flags)
@@ -663,10 +649,8 @@ def run(flags):
             state = build(digits, flags)
         if flags.load or flags.resume:
             load_checkpoint(state, flags.load or flags.results_path)
-        if flags.reconstruct and np.median(state.network.mean_image[:28]) > 0.5:  # data of black on white
-            own_images = mnist_data.read_digits(flags.reconstruct, 1)
         own = [value for name, value in vars(flags).items() if WHOSE[name] == OWN or name == "resume"]
-        check_agreement(strategy, "flags or checkpoints", f"{own} {state.history}")
+        check_agreement(strategy, "flags, data or checkpoints", f"{own, data and data.sha256, state.history}")
         folder = begin_run(flags, data) if is_chief(flags) else None
         if not flags.load:
             train(strategy, state, digits, flags, folder)

@@ -11,7 +11,7 @@ SMALL = ("--n_hidden=32", "--batch_size=500")  # a network whose epochs take a f
 
 
 def environment():
-    """The environment variables as run_main finds them; it sets this one where a test loads TensorFlow."""
+    """The environment variables, without one that run_main sets here, and that would hide messages there."""
     return {name: value for name, value in os.environ.items() if name != "TF_CPP_MIN_LOG_LEVEL"}
 
 

@@ -1,7 +1,6 @@
 """Nothing is lost: killed runs go on to the same bits, and what is on disk is safe from faults and flags."""
 
 import contextlib
-import errno
 import json
 import math
 import random
@@ -123,6 +122,8 @@ def refuse(run, folder, capsys, line, words=""):
         ("--add_noise", "--add_noise True False"),
         ("--seed 1", "--seed 1 0"),
         ("--num_epochs 2", "--num_epochs 2 3"),
+        ("--num_epochs 101", "--num_epochs 100 or fewer --animate"),
+        ("--animate False", "--animate False True"),
         ("--overwrite", "--resume --overwrite"),
         ("--load {}", "--resume --load"),
         ("--n_generate 3", "generated.npz --overwrite"),
@@ -313,18 +314,38 @@ def test_ctrl_c_leaves_the_state_after_the_newest_epoch(run, trained, tmp_path, 
     assert all(".part-" in name for name in differences(left, killed))  # from which it goes on, above
 
 
-@pytest.mark.parametrize("full", ["disk", "memory"])
-def test_an_error_after_an_epoch_says_how_to_go_on(run, copy, monkeypatch, capsys, full):
+@pytest.mark.parametrize("whose", ["tensorflow", "numpy"])
+def test_too_little_memory_is_one_line(run, copy, monkeypatch, capsys, whose):
     def fails(*_):
-        tf = run_main.tf
-        memory = tf.errors.ResourceExhaustedError(None, None, "{{function_node x}} OOM\n when allocating")
-        raise OSError(errno.ENOSPC, "No space left on device") if full == "disk" else memory
+        text = "{{function_node x}} OOM\n when allocating"
+        raise (
+            run_main.tf.errors.ResourceExhaustedError(None, None, text)
+            if whose == "tensorflow"
+            else MemoryError
+        )
 
     monkeypatch.setattr(run_main, "train", fails)
     assert run("--resume", f"--results_path={copy}", "--num_epochs=4") == 2
-    err = one_line(capsys.readouterr().err)
-    assert {"disk": "No space left", "memory": "out of memory: lower --n_hidden"}[full] in err
-    assert "--resume goes on" in err
+    assert "out of memory: lower --n_hidden" in one_line(capsys.readouterr().err)
+
+
+def test_workers_compare_flags_data_and_checkpoints(run, copy, few_digits, tmp_path, monkeypatch):
+    compared = []
+
+    def check_agreement(strategy, what, content):
+        compared.append(content)
+        raise run_main.UserError("they differ")
+
+    monkeypatch.setattr(run_main, "check_agreement", check_agreement)
+    new, resumed = [f"--results_path={tmp_path / 'new'}"], ["--resume", f"--results_path={copy}"]
+    for flags in (new, [*new, "--seed=1"], [*new, "--animate"], resumed):
+        assert run(*flags) == 2
+    (copy / "checkpoint" / "epoch-3.npz").unlink()
+    assert run(*resumed) == 2
+    monkeypatch.setattr(few_digits, "sha256", {})
+    assert run(*new) == 2
+    assert len(set(compared)) == 6
+    assert not (tmp_path / "new").exists()
 
 
 def test_ctrl_c_before_training_leaves_no_folder(monkeypatch, tmp_path):

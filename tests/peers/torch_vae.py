@@ -20,7 +20,8 @@ def half(n_in, n_hidden, n_out, activations, keep_prob):
 
 def train(images, n_epochs, report, optimizer, dim_z, n_hidden=500, batch_size=128, keep_prob=0.9):
     """Trains on images (n, 784) uint8 and reports the loss of every epoch, nats per image."""
-    torch.set_default_device("cuda" if torch.cuda.is_available() else "cpu")
+    if torch.cuda.is_available():
+        torch.set_default_device("cuda")
     torch.manual_seed(0)
     encoder = half(784, n_hidden, 2 * dim_z, (nn.ELU(), nn.Tanh()), keep_prob)
     decoder = half(dim_z, n_hidden, 784, (nn.Tanh(), nn.ELU()), keep_prob)
