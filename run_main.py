@@ -557,8 +557,7 @@ def train(strategy, state, digits, flags, folder):
                 state.frames = [*(old for old in state.frames if old.shape == frame.shape), frame]
             save_checkpoint(state, folder)
         text = "{train_elbo:.2f} = -({train_reconstruction:.2f} + {train_kl:.2f})  valid {valid_elbo:.2f}"
-        left = round(seconds * (flags.num_epochs - epoch))
-        say(f"epoch {epoch}/{flags.num_epochs}  train {text.format(**row)}  {seconds:.1f} s, {left} s left")
+        say(f"epoch {epoch}/{flags.num_epochs}  train {text.format(**row)}  {seconds:.1f} s")
 
 
 def log_px(network, x, x_corrupted, flags):
