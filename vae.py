@@ -133,10 +133,10 @@ class VAE(keras.Model):
             dense("encoder_2", n_hidden, n_hidden, "tanh"),
         ]
         self.encoder_output = dense("z_mean_and_log_var", n_hidden, 2 * dim_z, kernel=tenth_of_he)
-        n_code = dim_z + self.extra_inputs
-        spread = keras.initializers.RandomNormal(0.0, self.spread * math.sqrt(2 / n_code), seed=draws)
+        n_inputs = dim_z + self.extra_inputs
+        spread = keras.initializers.RandomNormal(0.0, self.spread * math.sqrt(2 / n_inputs), seed=draws)
         self.decoder_hidden = [
-            dense("decoder_1", n_code, n_hidden, "tanh", bias=spread),
+            dense("decoder_1", n_inputs, n_hidden, "tanh", bias=spread),
             dense("decoder_2", n_hidden, n_hidden, "elu"),
         ]
         # Before training, the decoder answers roughly with the mean image.
