@@ -117,7 +117,7 @@ FLAGS = {  # group: (name, argparse type or choices, default, whose, help)
         ("num_epochs", whole(1), 20, OWN, "passes through the training digits; --resume may change it"),
         ("batch_size", whole(1, mnist_data.N_TRAIN), 128, OWN, "mini-batch size"),
         ("seed", whole(0), 0, OWN, "all random numbers are functions of it"),
-        ("distribute", ("none", "mirrored", "multi_worker"), "none", RESUMED, "over devices or machines"),
+        ("distribute", ("none", "mirrored", "multi_worker"), "none", RESUMED, "mirrored or multi_worker"),
     ),
     "data": (
         ("data_dir", path, Path("data"), KEPT, "MNIST's folder; what it lacks is downloaded"),
@@ -233,7 +233,7 @@ def check_together(flags):
         (flags.data_dir.is_file(), f"--data_dir {flags.data_dir} is a file: name a folder"),
         (files and not run, f"--results_path {folder} is not empty and holds no run: name another"),
         (begun and not goes_on and not flags.overwrite, f"{folder} holds a run: add --resume or --overwrite"),
-        (made and not flags.overwrite, f"{folder} has {' and '.join(made)}: move it, or add --overwrite"),
+        (made and not flags.overwrite, f"{folder} has {' and '.join(made)}: move that, or add --overwrite"),
     ):
         if wrong:
             raise UserError(message)
