@@ -481,7 +481,7 @@ def compile_training(strategy, state, digits, flags):
         training_terms = tf.function(training_terms, jit_compile=True, autograph=False)
     n_steps, n_replicas = len(images) // flags.batch_size, strategy.num_replicas_in_sync
     linear = tf.keras.optimizers.schedules.PolynomialDecay
-    # Annealed dropout (Rennie, Goel and Thomas 2014): its noise helps at the start and hinders at the end.
+    # Annealed dropout (Rennie, Goel and Thomas 2014): its noise would hinder at the end.
     drop_prob = linear(1 - flags.keep_prob, max(1, int(ANNEALED * flags.num_epochs * n_steps)), 0.0)
     kl_weight = linear(0.0, max(1, flags.warm_up * n_steps), flags.kl_weight)
 
