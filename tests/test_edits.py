@@ -250,8 +250,8 @@ def test_random_streams_of_a_deeper_network(monkeypatch):
     x = np.full((2, 784), 0.5, np.float32)
     Deeper(2, 8).elbo_terms(x, x, seed=[0, 0], keep_prob=0.5)
     assert len(streams) == len(set(streams)) == 5
-    others = {vae.UPPER_LAYER, vae.IMPORTANCE, vae.BINARIZATION, vae.NOISE}
-    assert not set(streams) & others
+    purposes = {vae.UPPER_LAYER, vae.IMPORTANCE, vae.BINARIZATION, vae.NOISE, vae.DROPOUT}
+    assert set(streams) & purposes == {vae.DROPOUT}
 
 
 def add_flag(monkeypatch, *row):
