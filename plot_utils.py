@@ -1,11 +1,12 @@
-"""The pictures: `draw` makes all that the flags ask for, as the bytes of a PNG or GIF each.
+"""The pictures: `draw` returns all that the flags ask for, as the bytes of a PNG or GIF each.
 
-Digits are white on black. A batch of them is (n, 784) with values in [0, 1], and fills a grid of n_x
+Digits are white on black. A batch of them is (n, n_pixels) with values in [0, 1], and fills a grid of n_x
 columns and n_y rows from the top left, row by row.
 """
 
 import io
 import math
+from functools import cached_property
 
 import matplotlib.style
 import numpy as np
@@ -13,242 +14,322 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image  # comes with Matplotlib
 from scipy.ndimage import zoom
-from scipy.special import ndtr, ndtri
 
 DPI = 100
 GAP = 6  # pixels between groups of digits
-N_INTERPOLATIONS, INTERPOLATION_STEPS = 10, 10
-N_POSTERIORS, POSTERIOR_REACH, POSTERIOR_STEPS = 6, 6, 61  # digits; deviations to each side; points across
+N_INTERPOLATIONS = 10  # rows
+INTERPOLATION_STEPS = 10  # images per row
+N_POSTERIORS = 6  # digits
+POSTERIOR_REACH = 6  # standard deviations to each side of the mean
+POSTERIOR_STEPS = 61  # points across
+N_PARTICLES = 100
 
-# An animation's frame of 20 by 20 digits takes some 35 kB as a GIF: with all grey levels it would be 80 kB.
-FRAME_SIZE, FRAME_LEVELS = 400, 16  # pixels, the longer side; shades of grey
-FRAME_SECONDS, LAST_FRAME_SECONDS = 0.2, 2
+FRAME_SIZE = 400  # pixels, the longer side
+FRAME_LEVELS = 16  # shades of grey: a frame of 20 by 20 digits takes 35 kB, with all 256 levels 80 kB
+FRAME_SECONDS = 0.2
+LAST_FRAME_SECONDS = 2
 
-# The ten colours of Petroff (arXiv:2107.02270), chosen to differ for colour-blind readers too. Digits that
+# The ten colours of Petroff (arXiv:2107.02270), which colour-blind readers can tell apart, too. Digits that
 # lie close in the latent plane (3, 5 and 8; 4, 7 and 9) have the ones that differ most.
-COLOURS = "92dadd 717581 832db6 94a4a2 3f90da ffa90e b9ac70 e76300 bd1f01 a96b59".split()  # noqa: SIM905
-
-PICTURES = {  # file name: (whether the flags f ask for it, how it is drawn from the scene s)
-    "input.png": (lambda f: f.PRR, lambda s: png(tile(s.x, *s.grid))),
-    "input_noise.png": (lambda f: f.PRR and f.add_noise, lambda s: png(tile(s.x_corrupted, *s.grid))),
-    "reconstruction.png": (lambda f: f.PRR, lambda s: png(tile(s.restored, *s.grid))),
-    "denoising.png": (
-        lambda f: f.PRR and f.add_noise,
-        lambda s: comparison([s.x, s.x_corrupted, s.restored], *s.grid),
-    ),
-    "manifold.png": (lambda f: f.PMLR, lambda s: manifold(*s.manifold(), s.flags.PMLR_resize_factor)),
-    "manifold.gif": (lambda f: f.PMLR and f.animate, lambda s: animation(s.state.frames)),
-    "latent_map.png": (lambda f: f.PMLR is not False and f.dim_z > 1, lambda s: latent_map(*s.points())),
-    "samples.png": (lambda f: True, lambda s: png(tile(s.samples, *s.grid))),
-    "interpolation.png": (lambda f: True, lambda s: interpolation(*s.lines())),
-    "posterior.png": (lambda f: f.PMLR and f.model != "ladder", lambda s: posterior(*s.posteriors())),
-    "simplex.png": (lambda f: f.PMLR and f.model == "stick_breaking", lambda s: simplex(*s.sticks())),
-    "layers.png": (
-        lambda f: f.PRR and f.model == "ladder",
-        lambda s: comparison([s.x, s.decode(s.mean[: len(s.x)]), s.restored], *s.grid),
-    ),
-    "elbo.png": (lambda f: True, lambda s: elbo_curves(s.state.history, s.flags.keep_prob)),
-}
+COLOURS = (
+    "#92dadd", "#717581", "#832db6", "#94a4a2", "#3f90da",  # 0 to 4
+    "#ffa90e", "#b9ac70", "#e76300", "#bd1f01", "#a96b59",  # 5 to 9
+)  # fmt: skip
 
 
 @matplotlib.style.context("default")  # whatever matplotlibrc says
 def draw(state, digits, flags):
-    """Returns all pictures that the flags ask for, {file name: bytes}, of a state of training."""
-    scene = Scene(state, digits, flags)
-    return {name: picture(scene) for name, (wanted, picture) in PICTURES.items() if wanted(flags)}
+    """Returns all pictures that the flags ask for, {file name: bytes}."""
+    data = PlotData(state.network, digits, flags, state.history, state.frames)
+    pictures = {}
+    for name, draw_picture in PICTURES.items():
+        content = draw_picture(data)
+        if content is not None:
+            pictures[name] = content
+    return pictures
 
 
-class Scene:
-    """What is on the pictures: test digits and what the network makes of them, as arrays."""
+def frame(network, digits, flags):
+    """Returns the manifold as a frame of the animation: (height, width) uint8."""
+    images, z_x, z_y = PlotData(network, digits, flags).manifold
+    longer_side = math.isqrt(images.shape[1]) * max(len(z_x), len(z_y))
+    return tile(images, len(z_x), len(z_y), min(1, FRAME_SIZE / longer_side))
 
-    def __init__(self, state, digits, flags):
-        self.network, self.state, self.flags = state.network, state, flags
-        n = flags.PRR_n_img_x * flags.PRR_n_img_y
-        self.grid = flags.PRR_n_img_x, flags.PRR_n_img_y, flags.PRR_resize_factor
-        self.clean, self.inputs = digits.test
-        self.x, self.x_corrupted, self.labels = self.clean[:n], self.inputs[:n], digits.test_labels
-        self.mean = np.concatenate([self.network.encode(part) for part in np.array_split(self.inputs, 10)])
-        self.restored = self.network.reconstruct(self.x_corrupted).numpy()
-        self.samples = self.network.sample(n, (flags.seed, 0)).numpy()
+
+class PlotData:
+    """What the pictures show: test digits, and what the network computes from them when it is first used."""
+
+    def __init__(self, network, digits, flags, history=(), frames=()):
+        self.network = network
+        self.flags = flags
+        self.history = history
+        self.frames = frames
+        self.test = digits.test
+        self.labels = digits.test.labels
+        self.grid = (flags.PRR_n_img_x, flags.PRR_n_img_y, flags.PRR_resize_factor)
+        self.n_shown = flags.PRR_n_img_x * flags.PRR_n_img_y
+        self.x = digits.test.targets[: self.n_shown]
+        self.x_corrupted = digits.test.inputs[: self.n_shown]
 
     def decode(self, z):
-        """Returns the images (..., 784) of latent vectors z: (..., dim_z)."""
-        return self.network.decode(z.reshape(-1, z.shape[-1])).numpy().reshape(*z.shape[:-1], -1)
+        """Returns the images (..., n_pixels) for latent vectors z: (..., dim_z)."""
+        images = self.network.decode(z.reshape(-1, z.shape[-1])).numpy()
+        return images.reshape(*z.shape[:-1], images.shape[-1])
 
-    def lines(self):
-        """Digits, images decoded along the line from their latent means to those of others, these others."""
-        n, other = N_INTERPOLATIONS, self.labels[:, None] != self.labels[:N_INTERPOLATIONS]
-        ends = [n + i + np.argmax(other[n + i :, i]) for i in range(n)]  # the next ones of another class
+    @cached_property
+    def mean(self):
+        """Latent means of all test digits: (n, dim_z)."""
+        parts = []
+        for start in range(0, len(self.labels), 1_000):  # the particles of 10,000 digits would take 1 GB
+            rows = slice(start, start + 1_000)
+            parts.append(self.network.encode(self.test.inputs[rows], self.labels[rows]))
+        return np.concatenate(parts)
+
+    @cached_property
+    def restored(self):
+        """Reconstructions of the digits that are shown: (n_shown, n_pixels)."""
+        return self.network.reconstruct(self.x_corrupted, self.labels[: self.n_shown]).numpy()
+
+    @cached_property
+    def samples(self):
+        """Decoded draws from the prior: (n_shown, n_pixels)."""
+        return self.network.sample(self.n_shown, (self.flags.seed, 0)).numpy()
+
+    @cached_property
+    def interpolations(self):
+        """Start digits (n, n_pixels), images decoded along the lines (n, steps, n_pixels), and end digits."""
+        n = N_INTERPOLATIONS
+        ends = []
+        for start in range(n):  # each ends in the next digit of another class, after the starts
+            candidates = self.labels[n + start :]
+            ends.append(n + start + np.argmax(candidates != self.labels[start]))
         z = np.linspace(self.mean[:n], self.mean[ends], INTERPOLATION_STEPS, axis=1)
-        return self.inputs[:n], self.decode(z), self.inputs[ends]
+        return self.test.inputs[:n], self.decode(z), self.test.inputs[ends]
 
-    def points(self):
-        """The map's points, (n, 2), labels, (n,), and axes: z, or its first two principal components."""
-        n, centred = self.flags.PMLR_n_samples, self.mean - self.mean.mean(axis=0)
-        if self.mean.shape[1] == 2:
-            return self.mean[:n], self.labels[:n], ("$z_1$", "$z_2$")
-        variances, components = np.linalg.eigh(np.cov(centred.T))
-        first, second = variances[:-3:-1] / variances.sum()
-        text = "{} principal component of z, {:.0%} of the variance"
-        axes = text.format("first", first), text.format("second", second)
-        return (centred @ components[:, :-3:-1])[:n], self.labels[:n], axes
-
-    def posteriors(self):
-        """Digits, windows of the plane, log p(x, z) there, the encoder's means and deviations, particles."""
-        x, inputs, network = self.clean[:N_POSTERIORS], self.inputs[:N_POSTERIORS], self.network
-        mean, log_var = (array.numpy() for array in network.encoder(inputs))
-        std = np.exp(log_var / 2)
-        steps = np.linspace(-POSTERIOR_REACH, POSTERIOR_REACH, POSTERIOR_STEPS, dtype=np.float32)
-        windows = mean[:, None] + steps[:, None] * std.max(axis=1)[:, None, None]  # (n, steps, 2)
-        grids = [np.stack(np.meshgrid(*window.T), axis=-1).reshape(-1, 2) for window in windows]
-        log_joints = [network.log_joint(x[i : i + 1], grid)[0] for i, grid in enumerate(grids)]
-        draws = getattr(network, "particles", None)  # of a model whose q is no Gaussian
-        particles = draws(inputs, 100, seed=(self.flags.seed, 1)) if draws else None
-        return x, windows, log_joints, mean, std, particles
-
-    def sticks(self):
-        """The three sticks that the test digits' latent means stand for, (n, 3), and the labels, (n,)."""
+    @cached_property
+    def latent_points(self):
+        """The map's points (n, 2), z or its first two principal components, and the labels of both axes."""
         n = self.flags.PMLR_n_samples
-        return self.network.sticks(self.mean[:n]).numpy(), self.labels[:n]
+        if self.mean.shape[1] == 2:
+            return self.mean[:n], ("$z_1$", "$z_2$")
+        centred = self.mean - self.mean.mean(axis=0)
+        variances, components = np.linalg.eigh(np.cov(centred.T))  # in ascending order
+        shares = variances / variances.sum()
+        first = f"first principal component of z, {shares[-1]:.0%} of the variance"
+        second = f"second principal component of z, {shares[-2]:.0%} of the variance"
+        return centred[:n] @ components[:, [-1, -2]], (first, second)
 
+    @cached_property
     def manifold(self):
-        """The images decoded on a grid, (rows * columns, 784), and the z of its columns and of its rows."""
-        flags = self.flags
-        width = np.maximum(1, self.mean.std(axis=0))  # the prior's, or the digits' if that is wider
-        z_x = manifold_axis(flags.PMLR_n_img_x, flags.PMLR_z_range, width[0])
-        z_y = manifold_axis(flags.PMLR_n_img_y, flags.PMLR_z_range, width[1])[::-1]
-        return self.decode(np.stack(np.meshgrid(z_x, z_y), axis=-1).reshape(-1, 2)), z_x, z_y
+        """The images decoded on a grid, (rows * columns, n_pixels), and the z of its columns and rows."""
+        z_x = self.manifold_axis(0, self.flags.PMLR_n_img_x)
+        z_y = self.manifold_axis(1, self.flags.PMLR_n_img_y)[::-1]  # upwards
+        return self.decode(grid_points(z_x, z_y)), z_x, z_y
+
+    def manifold_axis(self, dimension, n):
+        """Returns n numbers from -z_range to z_range, in equal steps of probability under the prior.
+
+        The prior is stretched to the standard deviation of the digits' means if that is above 1, so that all
+        classes show. A prior without quantiles is replaced by the distribution of the digits' means.
+        """
+        mean = self.mean[:, dimension]
+        z_range = self.flags.PMLR_z_range
+        prior = self.network.prior
+        if prior.quantile is None:
+            p = equal_steps(np.mean(mean < -z_range), np.mean(mean <= z_range), n)
+            return np.clip(np.quantile(mean, p), -z_range, z_range)
+        width = max(1.0, mean.std())
+        z = width * prior.quantile(equal_steps(prior.cdf(-z_range / width), prior.cdf(z_range / width), n))
+        if n > 1:
+            z[[0, -1]] = -z_range, z_range  # exactly, although probabilities near 1 lose digits
+        return z
+
+    def posterior(self, i):
+        """The exact p(z|x) and the encoder's q(z|x) of test digit i, on a grid of the plane around q's mean.
+
+        Returns the grid's z along both axes, (steps, 2); log p(x, z) and log q(z|x), (steps, steps) each, a
+        row for each z_2; and log q at its mean.
+        """
+        row = slice(i, i + 1)
+        posterior = self.network.posterior
+        q = self.network.encoder(self.test.inputs[row], self.labels[row])
+        mean, log_var = posterior.moments(q)
+        reach = POSTERIOR_REACH * np.exp(np.max(log_var) / 2)
+        steps = np.linspace(-reach, reach, POSTERIOR_STEPS, dtype=np.float32)
+        window = np.asarray(mean) + steps[:, None]
+        z = grid_points(window[:, 0], window[:, 1])
+        shape = (POSTERIOR_STEPS, POSTERIOR_STEPS)
+        log_joint = self.network.log_joint(self.test.targets[row], z).numpy().reshape(shape)
+        log_q = posterior.log_prob(z, q).numpy().reshape(shape)
+        return window, log_joint, log_q, float(posterior.log_prob(mean, q)[0])
+
+    @cached_property
+    def particles(self):
+        """A Stein VAE's draws of z for the first digits: (N_PARTICLES, N_POSTERIORS, 2)."""
+        inputs = self.test.inputs[:N_POSTERIORS]
+        return self.network.particles(inputs, N_PARTICLES, seed=(self.flags.seed, 1)).numpy()
 
 
-def grey_levels(images):
-    """Returns images in [0, 1] as uint8 from 0 to 255; what is outside is clipped."""
-    return np.rint(255 * np.clip(images, 0, 1)).astype(np.uint8)
+def equal_steps(low, high, n):
+    """Returns n numbers from low to high, or their middle if n is 1."""
+    return np.linspace(low, high, n) if n > 1 else np.array([(low + high) / 2])
 
 
-def tile(images, n_x, n_y, resize_factor=1.0):
-    """Returns n_x * n_y images, (..., 784), each resized, as one picture: (height, width) uint8."""
-    images = images.reshape(-1, 28, 28)
-    if resize_factor != 1:
-        images = zoom(images, (1, resize_factor, resize_factor), order=3, mode="nearest", grid_mode=True)
-    levels = grey_levels(images)
-    height, width = levels.shape[1:]
-    return levels.reshape(n_y, n_x, height, width).swapaxes(1, 2).reshape(n_y * height, n_x * width)
+def grid_points(z_x, z_y):
+    """Returns the points of a grid, row by row: (len(z_y) * len(z_x), 2)."""
+    grid_x, grid_y = np.meshgrid(z_x, z_y)
+    return np.stack([grid_x.ravel(), grid_y.ravel()], axis=1)
 
 
-def comparison(batches, n_x, n_y, resize_factor=1.0):
-    """PNG of batches of images, (n_x * n_y, 784): below each of the first its counterparts in the others."""
-    pictures = [tile(images, n_x, n_y, resize_factor) for images in batches]
-    groups = np.concatenate([picture.reshape(n_y, -1, picture.shape[1]) for picture in pictures], axis=1)
-    groups = np.pad(groups, ((0, 0), (0, GAP), (0, 0)), constant_values=255)
-    return png(np.concatenate(groups)[:-GAP])
+# --- One function per picture: each returns a file's bytes, or None where the flags do not ask for it --
 
 
-def pairs(x, reconstructed, resize_factor):
-    """PNG of the first 100 of images x: (n, 784), each above its reconstruction."""
-    n = min(len(x), 100)
-    n_x, n_y = min(n, 10), math.ceil(n / 10)
-    batches = [np.pad(images[:n], ((0, n_x * n_y - n), (0, 0))) for images in (x, reconstructed)]
-    return comparison(batches, n_x, n_y, resize_factor)
+def draw_input(data):
+    """The first test digits."""
+    return png(tile(data.x, *data.grid)) if data.flags.PRR else None
 
 
-def interpolation(starts, lines, ends):
-    """PNG with one row per pair of images: starts (n, 784), lines (n, steps, 784) and ends (n, 784)."""
+def draw_input_noise(data):
+    """The same digits with noise."""
+    return png(tile(data.x_corrupted, *data.grid)) if data.flags.PRR and data.flags.add_noise else None
+
+
+def draw_reconstruction(data):
+    """Their reconstructions."""
+    return png(tile(data.restored, *data.grid)) if data.flags.PRR else None
+
+
+def draw_denoising(data):
+    """Clean, noisy and restored digits, one above the other."""
+    if not (data.flags.PRR and data.flags.add_noise):
+        return None
+    return stacked_rows([data.x, data.x_corrupted, data.restored], *data.grid)
+
+
+def draw_layers(data):
+    """A ladder's digits, their reconstructions from the upper z alone, and those from both layers."""
+    if not (data.flags.PRR and data.flags.model == "ladder"):
+        return None
+    upper = data.decode(data.mean[: data.n_shown])
+    return stacked_rows([data.x, upper, data.restored], *data.grid)
+
+
+def draw_samples(data):
+    """Decoded draws from the prior."""
+    return png(tile(data.samples, *data.grid))
+
+
+def draw_interpolation(data):
+    """Straight lines in the latent space between digits of different classes, a row per pair."""
+    starts, lines, ends = data.interpolations
     n, n_steps, _ = lines.shape
-    gap = np.full((28 * n, GAP), 255, np.uint8)
-    return png(np.hstack([tile(starts, 1, n), gap, tile(lines, n_steps, n), gap, tile(ends, 1, n)]))
+    first = tile(starts, 1, n)
+    gap = np.full((len(first), GAP), 255, np.uint8)
+    return png(np.hstack([first, gap, tile(lines, n_steps, n), gap, tile(ends, 1, n)]))
 
 
-def manifold_axis(n, z_range, width):
-    """Returns n numbers from -z_range to z_range, in equal steps of probability under N(0, width^2)."""
-    # The lower half, mirrored: near 1, probabilities lose digits.
-    lower = width * ndtri(np.linspace(0.5, ndtr(-z_range / width), n)[::-1][::2])
-    return np.concatenate([lower, -lower[::-1][n % 2 :]])
-
-
-def manifold(images, z_x, z_y, resize_factor=1.0):
-    """PNG of the images decoded at each z of a grid: (len(z_y) * len(z_x), 784), with z along the axes."""
-    canvas = tile(images, len(z_x), len(z_y), resize_factor)
+def draw_manifold(data):
+    """The decoded latent plane with its z along the axes, after figure 4 of Kingma and Welling."""
+    if not data.flags.draws_manifold:
+        return None
+    images, z_x, z_y = data.manifold
+    canvas = tile(images, len(z_x), len(z_y), data.flags.PMLR_resize_factor)
     height, width = canvas.shape
     left, bottom, right, top = 60, 50, 10, 10  # pixels around the digits, which stay one to one
-    size = np.array([left + width + right, bottom + height + top])
-    figure = Figure(size / DPI, dpi=DPI)
-    axes = figure.add_axes((*(left, bottom) / size, *(width, height) / size), frame_on=False)
+    total_width = left + width + right
+    total_height = bottom + height + top
+    figure = Figure((total_width / DPI, total_height / DPI), dpi=DPI)
+    box = (left / total_width, bottom / total_height, width / total_width, height / total_height)
+    axes = figure.add_axes(box, frame_on=False)
     # A unit of the axes is a digit, since equal steps of probability are no equal steps of z.
     edges = (-0.5, len(z_x) - 0.5, len(z_y) - 0.5, -0.5)
-    axes.imshow(np.stack([canvas] * 3, axis=-1), interpolation="none", aspect="auto", extent=edges)
+    rgb = np.stack([canvas, canvas, canvas], axis=-1)
+    axes.imshow(rgb, interpolation="none", aspect="auto", extent=edges)
     axes.tick_params(length=0)  # marks would reach into the outer digits
-    for axis, z, space in ((axes.xaxis, z_x, width // 50), (axes.yaxis, z_y, height // 20)):
-        n_ticks = min(len(z), 10, max(2, space))  # more run into each other
-        ticks = np.rint(np.linspace(0, len(z) - 1, n_ticks)).astype(int)
-        axis.set_ticks(ticks, [f"{z[tick]:.2f}" for tick in ticks])
+    label_with_z(axes.xaxis, z_x, width // 50)
+    label_with_z(axes.yaxis, z_y, height // 20)
     axes.set_xlabel("$z_1$")
     axes.set_ylabel("$z_2$", labelpad=0)
     return file_content(figure.savefig, format="png")
 
 
-def frame(state, digits, flags):
-    """Returns the manifold as a frame of the animation: (height, width) uint8."""
-    images, z_x, z_y = Scene(state, digits, flags).manifold()
-    return tile(images, len(z_x), len(z_y), min(1, FRAME_SIZE / (28 * max(len(z_x), len(z_y)))))
+def label_with_z(axis, z, n_fitting):
+    """Labels an axis of digits with their z: (n,), at no more than ten ticks and no more than fit."""
+    n_ticks = min(len(z), 10, max(2, n_fitting))
+    ticks = np.rint(np.linspace(0, len(z) - 1, n_ticks)).astype(int)
+    rounded = np.round(z[ticks], 2) + 0.0  # without the sign of -0.00
+    axis.set_ticks(ticks, [f"{number:.2f}" for number in rounded])
 
 
-def animation(frames):
-    """GIF of frames: (n, height, width) uint8, over and over, with a rest at the last."""
+def draw_animation(data):
+    """A GIF of the manifold, epoch by epoch: looping, pausing on the last frame."""
+    if not (data.flags.draws_manifold and data.flags.animate):
+        return None
     step = 255 / (FRAME_LEVELS - 1)
-    levels = np.rint(np.rint(np.stack(frames) / step) * step).astype(np.uint8)
-    first, *others = map(Image.fromarray, levels)
-    milliseconds = [1_000 * FRAME_SECONDS] * len(others) + [1_000 * LAST_FRAME_SECONDS]
-    more = {"save_all": True, "append_images": others, "duration": milliseconds, "loop": 0}
-    return file_content(first.save, format="gif", **more)
+    levels = np.rint(np.rint(np.stack(data.frames) / step) * step).astype(np.uint8)
+    images = [Image.fromarray(pixels) for pixels in levels]
+    milliseconds = [1_000 * FRAME_SECONDS] * len(images)
+    milliseconds[-1] = 1_000 * LAST_FRAME_SECONDS
+    options = {"save_all": True, "append_images": images[1:], "duration": milliseconds, "loop": 0}
+    return file_content(images[0].save, format="gif", **options)
 
 
-def latent_map(z, labels, axes_labels=("$z_1$", "$z_2$")):
-    """PNG of points z: (n, 2) of the latent space, coloured by their labels: (n,) from 0 to 9."""
+def draw_latent_map(data):
+    """The test digits' latent means, coloured by class."""
+    if not data.flags.draws_latent_map:
+        return None
+    points, axes_labels = data.latent_points
     figure = Figure((8, 7), dpi=DPI)
     axes = figure.add_axes((0.08, 0.08, 0.8, 0.9))  # a layout engine would take half of the time
-    scatter(axes, z, labels)
+    scatter(axes, points, data.labels[: len(points)])
     axes.set_aspect("equal", "datalim")
     axes.set(xlabel=axes_labels[0], ylabel=axes_labels[1])
     return file_content(figure.savefig, format="png")
 
 
-def posterior(x, windows, log_joints, means, stds, particles=None):
-    """PNG of p(z|x) in the plane for some digits, exact up to its grid, and what the encoder makes of it.
+def draw_posterior(data):
+    """p(z|x) of some test digits, exact up to the grid, and the encoder's q(z|x) as contours.
 
-    x: (n, 784); windows: (n, steps, 2), the grid's z along both axes; log_joints: (steps^2,) each, row by
-    row. The ellipses are one and two deviations, (n, 2), from the encoder's mean, (n, 2).
+    On these, log q is 1/2 and 2 below its value at the mean: for a Gaussian, one and two standard deviations.
     """
+    if not (data.flags.draws_manifold and data.network.has_log_joint):
+        return None
     figure = Figure((9, 6.2), dpi=DPI)
-    angles = np.linspace(0, 2 * np.pi, 100)
-    circle = np.stack([np.cos(angles), np.sin(angles)])
-    for i, axes in enumerate(figure.subplots(2, math.ceil(len(x) / 2)).flat):
-        n_steps, log_joint = len(windows[i]), np.asarray(log_joints[i])
-        density = np.exp(log_joint - log_joint.max()).reshape(n_steps, n_steps)
-        extent = windows[i][[0, -1]].T.ravel()
+    side = math.isqrt(data.network.n_pixels)
+    for i, axes in enumerate(figure.subplots(2, N_POSTERIORS // 2).flat):
+        window, log_joint, log_q, log_q_at_mean = data.posterior(i)
+        z_1 = window[:, 0]
+        z_2 = window[:, 1]
+        density = np.exp(log_joint - log_joint.max())
+        extent = (z_1[0], z_1[-1], z_2[0], z_2[-1])
         axes.imshow(density, origin="lower", extent=extent, aspect="auto", cmap="magma")
-        for deviations in (1, 2):
-            axes.plot(*(means[i][:, None] + deviations * stds[i][:, None] * circle), "c-", linewidth=1)
-        if particles is not None:
-            axes.plot(*np.asarray(particles)[:, i].T, "c.", markersize=3)
+        levels = (log_q_at_mean - 2, log_q_at_mean - 0.5)
+        axes.contour(z_1, z_2, log_q, levels, colors="c", linestyles="solid", linewidths=1)
+        if data.flags.model == "stein":
+            axes.plot(data.particles[:, i, 0], data.particles[:, i, 1], "c.", markersize=3)
         axes.set(xlim=extent[:2], ylim=extent[2:])
         axes.tick_params(labelsize=7)
         inset = axes.inset_axes((0.02, 0.72, 0.26, 0.26))
-        inset.imshow(x[i].reshape(28, 28), cmap="gray")
+        inset.imshow(data.test.targets[i].reshape(side, side), cmap="gray")
         inset.set_axis_off()
     figure.subplots_adjust(0.04, 0.05, 0.99, 0.98)  # a layout engine would take a second
     return file_content(figure.savefig, format="png")
 
 
-def simplex(sticks, labels):
-    """PNG of sticks: (n, 3), which add up to 1, in the triangle of their shares, coloured by labels: (n,)."""
+def draw_simplex(data):
+    """The test digits by the lengths of their three sticks, in the triangle of shares, coloured by class."""
+    if not (data.flags.draws_manifold and data.flags.model == "stick_breaking"):
+        return None
+    sticks = data.network.sticks(data.mean[: data.flags.PMLR_n_samples]).numpy()  # (n, 3), which sum to 1
     corners = np.array([[0, 0], [1, 0], [0.5, math.sqrt(0.75)]])
+    outline = corners[[0, 1, 2, 0]]
     figure = Figure((8, 7), dpi=DPI)
     axes = figure.add_axes((0.05, 0.05, 0.83, 0.9))
-    scatter(axes, sticks @ corners, labels)
-    axes.plot(*corners[[0, 1, 2, 0]].T, color="black", linewidth=0.8)
-    names, aligned = ("first stick", "second stick", "the rest"), ("top", "top", "bottom")
-    for corner, name, align in zip(corners, names, aligned, strict=True):
-        axes.text(*corner, name, ha="center", va=align)
+    scatter(axes, sticks @ corners, data.labels[: len(sticks)])
+    axes.plot(outline[:, 0], outline[:, 1], color="black", linewidth=0.8)
+    axes.text(*corners[0], "first stick", ha="center", va="top")
+    axes.text(*corners[1], "second stick", ha="center", va="top")
+    axes.text(*corners[2], "the rest", ha="center", va="bottom")
     axes.set_aspect("equal")
     axes.set_axis_off()
     return file_content(figure.savefig, format="png")
@@ -257,20 +338,23 @@ def simplex(sticks, labels):
 def scatter(axes, points, labels):
     """Draws points: (n, 2), coloured by their labels: (n,) from 0 to 9, with a legend."""
     for digit, colour in enumerate(COLOURS):
-        axes.scatter(*points[labels == digit].T, s=5, color=f"#{colour}", label=str(digit), linewidths=0)
+        own = points[labels == digit]
+        axes.scatter(own[:, 0], own[:, 1], s=5, color=colour, label=str(digit), linewidths=0)
     axes.legend(title="digit", markerscale=4, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
-def elbo_curves(history, keep_prob):
-    """PNG of the training and the validation ELBO by epoch, from the rows of log.csv."""
+def draw_elbo(data):
+    """Training and validation ELBO by epoch."""
     figure = Figure((7, 5), dpi=DPI)
     axes = figure.add_axes((0.13, 0.1, 0.85, 0.88))
-    epochs, dropout = [row["epoch"] for row in history], "with annealed" if keep_prob < 1 else "without"
-    curves = {part: [row[f"{part}_elbo"] for row in history] for part in ("train", "valid")}
-    axes.plot(epochs, curves["train"], "o--", markersize=3, label=f"training, {dropout} dropout")
-    axes.plot(epochs, curves["valid"], "o-", markersize=3, label="validation, without dropout")
-    # From a fifth of the epochs on: the first ones would press the curves together.
-    shown = np.array([curve[(len(epochs) - 1) // 5 :] for curve in curves.values()])
+    epochs = [row["epoch"] for row in data.history]
+    train = [row["train_elbo"] for row in data.history]
+    valid = [row["valid_elbo"] for row in data.history]
+    dropout = "with annealed" if data.flags.keep_prob < 1 else "without"
+    axes.plot(epochs, train, "o--", markersize=3, label=f"training, {dropout} dropout")
+    axes.plot(epochs, valid, "o-", markersize=3, label="validation, without dropout")
+    first_shown = (len(epochs) - 1) // 5  # the first fifth would press the curves together
+    shown = np.array(train[first_shown:] + valid[first_shown:])
     margin = 0.05 * np.ptp(shown) + 0.1
     axes.set_ylim(shown.min() - margin, shown.max() + margin)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -278,6 +362,64 @@ def elbo_curves(history, keep_prob):
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     return file_content(figure.savefig, format="png")
+
+
+PICTURES = {
+    "input.png": draw_input,
+    "input_noise.png": draw_input_noise,
+    "reconstruction.png": draw_reconstruction,
+    "denoising.png": draw_denoising,
+    "layers.png": draw_layers,
+    "samples.png": draw_samples,
+    "interpolation.png": draw_interpolation,
+    "manifold.png": draw_manifold,
+    "manifold.gif": draw_animation,
+    "latent_map.png": draw_latent_map,
+    "posterior.png": draw_posterior,
+    "simplex.png": draw_simplex,
+    "elbo.png": draw_elbo,
+}
+
+
+# --- Arrays to pictures -------------------------------------------------------------------------------
+
+
+def grey_levels(images):
+    """Returns images in [0, 1] as uint8 from 0 to 255; values outside are clipped."""
+    return np.rint(255 * np.clip(images, 0, 1)).astype(np.uint8)
+
+
+def tile(images, n_x, n_y, resize_factor=1.0):
+    """Returns n_x * n_y images, (..., n_pixels), each resized, as one picture: (height, width) uint8."""
+    side = math.isqrt(images.shape[-1])
+    images = images.reshape(-1, side, side)
+    if resize_factor != 1:
+        images = zoom(images, (1, resize_factor, resize_factor), order=3, mode="nearest", grid_mode=True)
+    _, height, width = images.shape
+    rows = grey_levels(images).reshape(n_y, n_x, height, width).swapaxes(1, 2)
+    return rows.reshape(n_y * height, n_x * width)
+
+
+def stacked_rows(batches, n_x, n_y, resize_factor=1.0):
+    """PNG of batches of images, (n_x * n_y, n_pixels): each image of the first above its counterparts."""
+    pictures = [tile(images, n_x, n_y, resize_factor) for images in batches]
+    height = len(pictures[0]) // n_y
+    gap = np.full((GAP, pictures[0].shape[1]), 255, np.uint8)
+    strips = []
+    for row in range(n_y):
+        strips += [picture[row * height : (row + 1) * height] for picture in pictures]
+        strips.append(gap)
+    return png(np.concatenate(strips[:-1]))
+
+
+def reconstruction_pairs(x, reconstructed, resize_factor):
+    """PNG of the first 100 of images x: (n, n_pixels), each above its reconstruction."""
+    n = min(len(x), 100)
+    n_x = min(n, 10)
+    n_y = math.ceil(n / 10)
+    missing = np.zeros((n_x * n_y - n, x.shape[1]))  # black, to fill the last row
+    batches = [np.concatenate([images[:n], missing]) for images in (x, reconstructed)]
+    return stacked_rows(batches, n_x, n_y, resize_factor)
 
 
 def file_content(save, **options):
@@ -288,5 +430,5 @@ def file_content(save, **options):
 
 
 def png(pixels):
-    """Returns grey levels: (height, width) uint8 as the bytes of a PNG."""
+    """Returns grey levels, (height, width) uint8, as the bytes of a PNG."""
     return file_content(Image.fromarray(pixels).save, format="png")

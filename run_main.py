@@ -1,9 +1,18 @@
-"""Trains a variational autoencoder on MNIST; `run`, near the end, is the whole story in one screen."""
+"""Trains a variational autoencoder on MNIST.
+
+`run` gives an overview. After it come training by stochastic gradient descent on the negative ELBO,
+evaluation, the flags, the folder of a run, and last what concerns devices and the process.
+"""
 
 import argparse
 import contextlib
+import csv
+import dataclasses
+import enum
+import functools
 import gc
 import importlib
+import io
 import itertools
 import json
 import math
@@ -12,675 +21,1179 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent))  # which PYTHONSAFEPATH leaves out
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH leaves it out
+
 import mnist_data
-from mnist_data import UserError, reason, whole_file, write_whole
+from mnist_data import UserError, atomic_write, error_message, write_atomically
+
+if TYPE_CHECKING:  # these take seconds: import_tensorflow imports them, after the flags have been checked
+    import keras
+    import tensorflow as tf
+
+    import plot_utils
+    import vae
+
+EVALUATION_EPOCH = 0  # pseudo-epochs, for seeds outside training; real epochs start at 1
+GENERATION_EPOCH = -1
+
+log = functools.partial(print, flush=True)
 
 
-class Lazy(argparse.Namespace):
-    """A module that is imported at its first use, because TensorFlow takes seconds."""
-
-    def __getattr__(self, attribute):
-        return getattr(importlib.import_module(self.name), attribute)
+# --- The program --------------------------------------------------------------------------------------
 
 
-tf, plot_utils, vae = (Lazy(name=name) for name in ("tensorflow", "plot_utils", "vae"))
-say = partial(print, flush=True)
+@dataclass
+class Digits:
+    """The digits as the network gets them."""
 
-EVALUATION, GENERATION = 0, -1  # in place of an epoch in the seeds of random numbers; epochs count from 1
+    train_images: np.ndarray  # (n, n_pixels) uint8; noise and binarization are drawn anew in every step
+    train_labels: np.ndarray  # (n,) int32, -1 where a label is hidden
+    valid: "vae.Batch"  # noise and binarization drawn once
+    test: "vae.Batch"
 
-# The recipe: 20 epochs of SGD at dim_z 2 give a test ELBO of -137.7 (median of three seeds).
+
+@dataclass
+class TrainingState:
+    """Everything that changes during training."""
+
+    network: "vae.VAE"  # with its optimizer
+    history: list[dict] = field(default_factory=list)  # the rows of log.csv
+    frames: list[np.ndarray] = field(default_factory=list)  # of manifold.gif, (height, width) uint8
+
+
+def run(flags, load_tensorflow):
+    """The whole program: digits, network, training, measurements, pictures.
+
+    load_tensorflow(flags) imports TensorFlow, once the data are there.
+    """
+    user_digits = mnist_data.read_digits(flags.reconstruct) if flags.reconstruct else None
+    data = load_data(flags) if needs_data(flags) else None
+    log("loading TensorFlow")
+    load_tensorflow(flags)
+    with distribution_strategy(flags) as strategy:
+        digits = prepare_digits(data, flags) if data else None
+        with strategy.scope():
+            state = TrainingState(build_network(digits, flags))
+        if flags.load or flags.resume:
+            restore_state(state, flags.load or flags.results_path)
+        check_workers_agree(strategy, flags, data, state)
+        folder = claim_folder(flags, data, state.network) if is_chief(flags) else None
+        if not flags.load:
+            for row in train(state, digits, flags, strategy):
+                if folder:
+                    save_epoch(state, digits, flags, folder)
+                log(epoch_line(row, flags))
+        if folder:
+            write_outputs(state, digits, user_digits, flags, folder)
+
+
+def write_outputs(state, digits, user_digits, flags, folder):
+    """Evaluates the network, draws the pictures, and does what else the flags ask for."""
+    if digits:
+        save_results(state, digits, flags, folder)
+    if flags.n_generate:
+        generate(state.network, flags, folder)
+    if flags.reconstruct:
+        reconstruct(state.network, user_digits, flags, folder)
+    log(f"all results are in {folder}")
+
+
+def load(run_folder):
+    """Returns the network of a run and its Digits, for a notebook."""
+    flags = parse_flags(["--load", run_folder])
+    data = load_data(flags)
+    import_tensorflow()
+    digits = prepare_digits(data, flags)
+    state = TrainingState(build_network(digits, flags))
+    restore_state(state, flags.load)
+    return state.network, digits
+
+
+# --- Training by stochastic gradient descent ----------------------------------------------------------
+
+# The recipe: 20 epochs of SGD give a test ELBO of -137.8 at dim_z 2, -97.5 at 20 (medians of three seeds).
 MOMENTUM = 0.98  # Nesterov's
-WEIGHT_DECAY = 0.003  # gains half a nat in 60 epochs: the network fits the training digits less closely
+# Gains half a nat in 60 epochs, because the network fits the training digits less closely. On weight matrices
+# only; on all variables, 20 epochs end at -138.1 and -97.5.
+WEIGHT_DECAY = 0.003
 # In the first epochs, gradient norms range from 1 (biases) to 50 (the encoder's output layer), so each is
-# clipped on its own: with all clipped by one common norm, of 1 or 3, the ELBO is -145.7 or -142.1.
+# clipped separately: global-norm clipping at 1 or 3 gives an ELBO of -145.7 or -142.1.
 CLIP_NORM = 1.0
-ANNEALED = 0.5  # the share of the run during which dropout declines to nothing
+DROPOUT_ANNEALING = 0.5  # fraction of the run during which dropout is annealed to zero
 
 
-def clipped_sgd(learning_rate):
-    """Returns SGD with Nesterov momentum and weight decay, which clips each gradient on its own."""
-
-    class ClippedSGD(tf.keras.optimizers.SGD):
-        def update_step(self, gradient, variable, learning_rate):
-            # XLA computes one large norm on one core, but many small ones on all, which saves a sixth.
-            rows = tf.reshape(gradient, (math.gcd(gradient.shape.num_elements(), 16), -1))
-            norm = tf.norm(tf.norm(rows, axis=0))
-            clipped = gradient * (CLIP_NORM / tf.maximum(norm, CLIP_NORM))
-            super().update_step(clipped, variable, learning_rate)
-
-    return ClippedSGD(learning_rate, MOMENTUM, nesterov=True, weight_decay=WEIGHT_DECAY)
+def make_sgd(learning_rate):
+    """Returns SGD with Nesterov momentum, weight decay and clipped gradients."""
+    return vae.ClippedSGD(
+        learning_rate, CLIP_NORM, momentum=MOMENTUM, nesterov=True, weight_decay=WEIGHT_DECAY
+    )
 
 
-OPTIMIZERS = {  # name: (function from a learning rate to a Keras optimizer, learning rate at the start)
-    "sgd": (clipped_sgd, 0.02),
-    "adam": (lambda rate: tf.keras.optimizers.Adam(learning_rate=rate), 0.002),  # loads TensorFlow when used
+def make_adam(learning_rate):
+    """Returns Adam with Keras' other defaults."""
+    return keras.optimizers.Adam(learning_rate)
+
+
+@dataclass
+class Optimizer:
+    """A row of --optimizer."""
+
+    make: Callable  # from a learning rate, or its schedule, to a Keras optimizer
+    learn_rate: float  # the default of --learn_rate
+
+
+OPTIMIZERS = {"sgd": Optimizer(make_sgd, 0.02), "adam": Optimizer(make_adam, 0.002)}
+
+
+def make_optimizer(network, n_steps, flags):
+    """Returns the optimizer; its learning rate follows a half cosine from --learn_rate to 0 after n_steps."""
+    schedule = keras.optimizers.schedules.CosineDecay(flags.learn_rate, n_steps)
+    optimizer = OPTIMIZERS[flags.optimizer].make(schedule)
+    not_decayed = [variable for variable in network.trainable_variables if variable.name != "kernel"]
+    optimizer.exclude_from_weight_decay(var_list=not_decayed)
+    optimizer.build(network.trainable_variables)
+    return optimizer
+
+
+def dropout_keep_prob(epochs, flags):
+    """The keep probability after a number of epochs: annealed dropout (Rennie, Goel and Thomas 2014).
+
+    It rises linearly from --keep_prob to 1, because late in training the noise of dropout only hurts.
+    """
+    if flags.keep_prob == 1:
+        return 1.0
+    progress = tf.minimum(1.0, epochs / (DROPOUT_ANNEALING * flags.num_epochs))
+    return flags.keep_prob + (1 - flags.keep_prob) * progress
+
+
+def kl_weight(epochs, flags):
+    """The weight of the KL divergence after a number of epochs: it rises linearly over --warm_up epochs."""
+    if flags.warm_up == 0:
+        return flags.kl_weight
+    return flags.kl_weight * tf.minimum(1.0, epochs / flags.warm_up)
+
+
+def make_batch(images, labels, flags, seed):
+    """Returns the vae.Batch of images (batch, n_pixels) uint8, binarized and corrupted as asked for."""
+    targets = tf.cast(images, tf.float32) / 255
+    if flags.binarize:
+        targets = vae.binarize(targets, seed)
+    inputs = targets
+    if flags.add_noise:
+        inputs = vae.salt_and_pepper(targets, flags.noise_level, seed)
+    return vae.Batch(targets, inputs, tf.cast(labels, tf.int32))
+
+
+def sgd_step(network, images, labels, seed, n_steps, flags):
+    """One of the n_steps steps of an epoch: SGD on the negative ELBO of a mini-batch.
+
+    images: (batch, n_pixels) uint8. labels: (batch,). The noise, dropout and KL weight are those of the step.
+    """
+    batch = make_batch(images, labels, flags, seed)
+    epochs = tf.cast(network.optimizer.iterations, tf.float32) / n_steps
+    network.train_step(batch, seed, dropout_keep_prob(epochs, flags), kl_weight(epochs, flags))
+
+
+def compile_epoch(network, flags):
+    """Returns a function that trains for an epoch. XLA compiles all of its steps as one."""
+
+    def train_epoch(images, labels, batches, epoch):
+        """batches: (n_steps, batch_size), the indices of each mini-batch's images."""
+        n_steps = len(batches)
+        for step in tf.range(n_steps):
+            indices = batches[step]
+            seed = vae.fold_in(tf.stack([flags.seed, epoch]), step)
+            sgd_step(network, tf.gather(images, indices), tf.gather(labels, indices), seed, n_steps, flags)
+
+    return compiled(train_epoch, jit_compile=True)
+
+
+def train(state, digits, flags, strategy):
+    """Trains until all epochs are done. After each, adds a row to the history and yields it."""
+    network = state.network
+    n_images = len(digits.train_images)
+    n_steps = n_images // flags.batch_size
+    if flags.distribute == "none":
+        train_epoch = compile_epoch(network, flags)
+    else:
+        train_epoch = compile_distributed_epoch(network, flags, strategy)
+    images = tf.constant(digits.train_images)
+    labels = tf.constant(digits.train_labels)
+    n_weights = sum(math.prod(variable.shape) for variable in network.trainable_variables)
+    log(f"{device_name()}; {n_weights:,} weights; {flags.num_epochs} epochs of {flags.optimizer}")
+    for epoch in range(len(state.history) + 1, flags.num_epochs + 1):
+        start = time.perf_counter()
+        learn_rate = float(network.optimizer.learning_rate)
+        order = tf.random.experimental.stateless_shuffle(tf.range(n_images), [flags.seed, epoch])
+        batches = tf.reshape(order[: n_steps * flags.batch_size], (n_steps, flags.batch_size))
+        network.reset_metrics()
+        train_epoch(images, labels, batches, tf.constant(epoch))
+        row = {"epoch": epoch} | log_columns("train", network.get_metrics_result())
+        seconds = round(time.perf_counter() - start, 3)
+        row |= log_columns("valid", evaluate(network, digits.valid, flags))
+        row |= {"learn_rate": learn_rate, "seconds": seconds}
+        if not all(math.isfinite(value) for value in row.values()):
+            raise UserError(f"the loss is NaN in epoch {epoch}: lower --learn_rate, or raise --keep_prob")
+        state.history.append(row)
+        yield row
+
+
+def log_columns(part, means):
+    """Returns the ELBO, its terms and other means, by their names as columns of log.csv or metrics.json."""
+    reconstruction = float(means["reconstruction"])
+    kl = float(means["kl"])
+    elbo = -(reconstruction + kl)
+    columns = {f"{part}_elbo": elbo, f"{part}_reconstruction": reconstruction, f"{part}_kl": kl}
+    for name in means.keys() - {"negative_elbo", "reconstruction", "kl"}:
+        columns[f"{part}_{name}"] = float(means[name])
+    return columns
+
+
+def epoch_line(row, flags):
+    """Returns what is printed after an epoch."""
+    terms = f"-({row['train_reconstruction']:.2f} + {row['train_kl']:.2f})"
+    elbos = f"train {row['train_elbo']:.2f} = {terms}  valid {row['valid_elbo']:.2f}"
+    return f"epoch {row['epoch']}/{flags.num_epochs}  {elbos}  {row['seconds']:.1f} s"
+
+
+def prepare_digits(data, flags):
+    """Returns the Digits of a mnist_data.DataSet."""
+    train_images = data.train_images
+    train_labels = mnist_data.keep_n_labels(data.train_labels, flags.n_labels, flags.seed)
+    if flags.augment and not flags.load:
+        train_images = mnist_data.augment(train_images, flags.seed)
+        train_labels = np.tile(train_labels, len(train_images) // len(train_labels))  # a copy has its label
+    valid = make_batch(data.valid_images, data.valid_labels, flags, evaluation_seed(flags, 0))
+    test = make_batch(data.test_images, data.test_labels, flags, evaluation_seed(flags, 1))
+    return Digits(train_images, train_labels, as_numpy(valid), as_numpy(test))
+
+
+def as_numpy(batch):
+    """Returns a vae.Batch of NumPy arrays."""
+    return vae.Batch(*[np.asarray(array) for array in batch])
+
+
+def build_network(digits, flags):
+    """Returns the network, with its optimizer if it is trained. UserError if it cannot be, after an edit."""
+    model = MODELS[flags.model]
+    options = {"dim_z": flags.dim_z, "n_hidden": flags.n_hidden, "seed": flags.seed}
+    options |= {name: getattr(flags, name) for name in model.options if getattr(flags, name) is not None}
+    if digits:
+        options["n_pixels"] = digits.train_images.shape[1]
+        options["mean_image"] = digits.train_images.mean(axis=0) / 255
+    else:
+        options["n_pixels"] = read_json(flags.load / "config.json")["n_pixels"]
+    network = getattr(vae, model.class_name)(**options)
+    if flags.binarize and not network.likelihood.is_binary:
+        raise UserError(
+            f"--binarize: {type(network.likelihood).__name__} is not a distribution of binary pixels"
+        )
+    if not flags.load:
+        if flags.distribute == "none":
+            check_variables(network, digits)
+        n_steps = flags.num_epochs * (len(digits.train_images) // flags.batch_size)
+        network.compile(optimizer=make_optimizer(network, n_steps, flags))
+    return network
+
+
+def check_variables(network, digits):
+    """Raises UserError for a variable that training would silently miss, as after an edit."""
+    batch = next(split(digits.valid, 4))  # four digits suffice
+    with tf.GradientTape() as tape:
+        loss, _, _ = network.training_loss(batch, seed=(0, 0), keep_prob=None, kl_weight=1.0)
+    own = {id(variable.value) for variable in network.variables}
+    for variable in tape.watched_variables():
+        if id(variable) not in own:
+            raise UserError(
+                f"{variable.name} is not a weight of the network: make it with a layer's add_weight"
+            )
+    gradients = tape.gradient(loss, network.trainable_variables)
+    for variable, gradient in zip(network.trainable_variables, gradients, strict=True):
+        if gradient is None:
+            raise UserError(f"{variable.path} has no gradient: no part of the loss depends on it")
+
+
+# --- Evaluation ---------------------------------------------------------------------------------------
+
+
+def evaluation_seed(flags, i):
+    """Returns the i-th seed outside training."""
+    return vae.fold_in([flags.seed, EVALUATION_EPOCH], i)
+
+
+def split(batch, size):
+    """Yields a batch in parts of at most `size` images."""
+    for start in range(0, len(batch.targets), size):
+        targets, inputs, labels = batch
+        rows = slice(start, start + size)
+        yield vae.Batch(targets[rows], inputs[rows], None if labels is None else labels[rows])
+
+
+def evaluate_images(network, batch, flags):
+    """Returns the terms of -ELBO for each image, without dropout: {"reconstruction": (n,), "kl": (n,)}."""
+    parts = []
+    for i, part in enumerate(split(batch, 1_000)):
+        _, reconstruction, kl = network.negative_elbo(part, seed=evaluation_seed(flags, i))
+        parts.append((reconstruction, kl))
+    reconstruction, kl = np.concatenate(parts, axis=1)
+    return {"reconstruction": reconstruction, "kl": kl}
+
+
+def evaluate(network, batch, flags):
+    """Returns the means of both terms over a batch of any size."""
+    return means_of(evaluate_images(network, batch, flags))
+
+
+def means_of(terms):
+    """Returns the mean of each array, by name."""
+    return {name: term.mean() for name, term in terms.items()}
+
+
+def latent_moments(network, batch):
+    """Returns mean and log variance of q(z|x) for each image: (n, dim_z) each."""
+    parts = [network.posterior.moments(network.encoder(p.inputs, p.labels)) for p in split(batch, 1_000)]
+    return np.concatenate(parts, axis=1)
+
+
+def log_px(network, batch, flags):
+    """Returns log p(x) in nats, (n,), with --n_importance samples of z per image."""
+    n_images = len(batch.targets)
+    log(f"estimating log p(x) of {n_images:,} digits with {flags.n_importance:,} importance samples each")
+
+    def log_marginal_likelihood(part, seed):
+        return network.log_marginal_likelihood(part, flags.n_importance, seed=seed)
+
+    estimate = compiled(log_marginal_likelihood, jit_compile=True, autograph=False)
+    return np.concatenate([estimate(p, evaluation_seed(flags, i)) for i, p in enumerate(split(batch, 20))])
+
+
+def psnr(images, targets):
+    """Returns the peak signal-to-noise ratio in decibels, from the mean squared error over all images."""
+    return -10 * math.log10(np.mean((images - targets) ** 2))
+
+
+def evaluate_test_set(network, test, terms, moments, flags):
+    """Returns the content of metrics.json. terms, moments: what evaluate_images and latent_moments return."""
+    metrics = log_columns("test", means_of(terms))
+    restored = np.concatenate([network.reconstruct(p.inputs, p.labels) for p in split(test, 1_000)])
+    if flags.add_noise:
+        metrics["psnr_noisy"] = psnr(test.inputs, test.targets)
+    metrics["psnr_restored"] = psnr(restored, test.targets)
+    metrics |= network.test_metrics(test)
+    if flags.n_importance:
+        metrics["test_log_px"] = float(np.mean(log_px(network, test, flags), dtype=np.float64))
+        metrics["n_importance"] = flags.n_importance
+        metrics["active_units"] = int(vae.active_units(moments[0]))
+        if flags.dim_z == 2 and network.has_log_joint:
+            log_px_grid = network.log_marginal_likelihood_grid(test.targets, *moments)
+            metrics["test_log_px_grid"] = float(np.mean(log_px_grid))
+    return metrics
+
+
+def generate(network, flags, folder):
+    """Writes generated.npz: new images (n, side, side) uint8 and their z (n, dim_z), drawn from the prior."""
+    images = np.empty((flags.n_generate, network.n_pixels), np.uint8)
+    z = np.empty((flags.n_generate, flags.dim_z), np.float32)
+    for i, start in enumerate(range(0, flags.n_generate, 10_000)):
+        rows = slice(start, min(start + 10_000, flags.n_generate))
+        seed = vae.fold_in([flags.seed, GENERATION_EPOCH], i)
+        z[rows], logits = network.sample_with_latents(rows.stop - rows.start, seed)
+        drawn = network.likelihood.sample(logits, seed) if flags.binarize else network.likelihood.mean(logits)
+        images[rows] = plot_utils.grey_levels(drawn)
+    side = math.isqrt(network.n_pixels)
+    with atomic_write(folder / "generated.npz") as part:
+        np.savez(part, images=images.reshape(-1, side, side), z=z)
+
+
+def reconstruct(network, x, flags, folder):
+    """Writes reconstructions, latent means and ELBO of the user's own digits x: (n, n_pixels)."""
+    if x.shape[1] != network.n_pixels:
+        raise UserError(f"--reconstruct: the digits have {x.shape[1]} pixels, the network {network.n_pixels}")
+    images = network.reconstruct(x).numpy()
+    batch = vae.Batch(x, x)
+    terms = evaluate_images(network, batch, flags)
+    side = math.isqrt(network.n_pixels)
+    arrays = {"images": plot_utils.grey_levels(images).reshape(-1, side, side), "z": network.encode(x)}
+    arrays["elbo"] = -(terms["reconstruction"] + terms["kl"])
+    if flags.n_importance:
+        arrays["log_px"] = log_px(network, batch, flags)
+    with atomic_write(folder / "reconstructed.npz") as part:
+        np.savez(part, **arrays)
+    picture = plot_utils.reconstruction_pairs(x, images, flags.PRR_resize_factor)
+    write_atomically(folder / "reconstructed.png", picture)
+
+
+# --- Flags --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Model:
+    """A row of --model."""
+
+    class_name: str  # in vae.py
+    options: tuple[str, ...] = ()  # the flags that its constructor takes
+    data_flags: tuple[str, ...] = ()  # the flags that change its data
+
+
+MODELS = {
+    "vae": Model("VAE"),
+    "iwae": Model("IWAE", options=("n_samples",)),
+    "least_squares": Model("LeastSquares"),
+    "stick_breaking": Model("StickBreaking"),
+    "ladder": Model("Ladder", options=("dim_z_lower",)),
+    "stein": Model("Stein", options=("n_samples",)),
+    "labels": Model("Labels", data_flags=("n_labels",)),
 }
 
-MODELS = {  # --model: the class in vae.py, the flags that only some models have, and their defaults
-    "vae": ("VAE", {}),
-    "iwae": ("IWAE", {"n_samples": 5}),
-    "least_squares": ("LeastSquares", {}),
-    "stick_breaking": ("StickBreaking", {}),
-    "ladder": ("Ladder", {"dim_z_lower": 64}),
-    "stein": ("Stein", {"n_samples": 20}),
-    "labels": ("Labels", {"n_labels": None}),
-}
+
+class Reuse(enum.Enum):
+    """What --resume and --load do with the value that a run has recorded."""
+
+    FIXED = enum.auto()  # both use it; another value is refused
+    RESUMABLE = enum.auto()  # both use it; only --resume may change it
+    RELOADABLE = enum.auto()  # both use it; only --load with another --results_path may change it
+    DEFAULT = enum.auto()  # both use it unless the flag is given
+    RESUME_DEFAULT = enum.auto()  # --resume uses it unless the flag is given; --load ignores it
+    PER_COMMAND = enum.auto()  # both ignore it
 
 
-def number(kind, low, high=2**31 - 1):
-    """Returns an argparse type: an int or a float from low to high."""
+def in_range(kind, description, low, high):
+    """Returns an argparse type: a number from low to high."""
 
     def parse(text):
-        with contextlib.suppress(ValueError):
-            if low <= kind(text) <= high:
-                return kind(text)
-        whole = "whole " if kind is int else ""
-        raise argparse.ArgumentTypeError(f"{text!r} is not a {whole}number from {low} to {high}")
+        try:
+            number = kind(text)
+        except ValueError:
+            number = math.nan
+        if low <= number <= high:  # false for NaN
+            return number
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {description} from {low} to {high}")
 
     return parse
 
 
-def path(text):
-    """An argparse type: a path of this machine."""
+def integer(low, high=2**31 - 1):
+    """Returns an argparse type: a whole number from low to high."""
+    return in_range(int, "whole number", low, high)
+
+
+def real(low, high):
+    """Returns an argparse type: a number from low to high."""
+    return in_range(float, "number", low, high)
+
+
+def one_of(*names):
+    """Returns an argparse type: one of the names."""
+
+    def parse(text):
+        if text not in names:
+            raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(names)}")
+        return text
+
+    return parse
+
+
+def boolean(text):
+    """An argparse type: True or False."""
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+    return text.lower() == "true"
+
+
+def local_path(text):
+    """An argparse type: a path on this machine."""
     if "://" in text or not text:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a path of this machine")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a path on this machine")
     return Path(text).expanduser()
 
 
-whole, real, switch = partial(number, int), partial(number, float), (True, False)
+def flag(default, parse, help_text, reuse=Reuse.FIXED, group=None, nargs=None):
+    """Returns a row of Flags. group: the title of the group in --help that begins with it."""
+    return field(
+        default=default,
+        metadata={"parse": parse, "help": help_text, "reuse": reuse, "group": group, "nargs": nargs},
+    )
 
-# Where a flag's value comes from when a run is resumed or loaded. OWN: the run; another is refused. KEPT:
-# the run, unless given again. RESUMED: the same for --resume, but not for --load. COMMAND: the command only.
-OWN, KEPT, RESUMED, COMMAND = "own", "kept", "resumed", "command"
 
-FLAGS = {  # group: (name, argparse type or choices, default, whose, help)
-    "model": (
-        ("model", tuple(MODELS), "vae", OWN, f"the lecture's vae, or a paper's: {', '.join(MODELS)}"),
-        ("dim_z", whole(1, 10_000), 2, OWN, "length of a latent vector"),
-        ("n_hidden", whole(1, 100_000), 500, OWN, "units per hidden layer"),
-        ("keep_prob", real(0.001, 1), 0.9, OWN, "dropout keep probability at the start; 1 is no dropout"),
-    ),
-    "training": (
-        ("kl_weight", real(0, 1_000), 1.0, OWN, "weight of the KL divergence in training"),
-        ("warm_up", whole(0), 0, OWN, "epochs over which that weight rises from 0"),
-        ("n_samples", whole(1, 1_000), None, OWN, "samples of z to train with (default: iwae 5, stein 20)"),
-        ("dim_z_lower", whole(1, 10_000), None, OWN, "length of the ladder's lower z (default: 64)"),
-        ("n_labels", whole(1), None, OWN, "labelled digits of each class (default: all)"),
-        ("optimizer", tuple(OPTIMIZERS), "sgd", OWN, "SGD with momentum and clipped gradients, or Adam"),
-        ("learn_rate", real(1e-12, 1e6), None, OWN, "at the start (default: 0.02 for sgd, 0.002 for adam)"),
-        ("num_epochs", whole(1), 20, OWN, "passes through the training digits; --resume may change it"),
-        ("batch_size", whole(1, mnist_data.N_TRAIN), 128, OWN, "mini-batch size"),
-        ("seed", whole(0), 0, OWN, "all random numbers are functions of it"),
-        ("distribute", ("none", "mirrored", "multi_worker"), "none", RESUMED, "mirrored or multi_worker"),
-    ),
-    "data": (
-        ("data_dir", path, Path("data"), KEPT, "MNIST's folder; what it lacks is downloaded"),
-        ("add_noise", switch, False, OWN, "learn to restore digits from salt-and-pepper noise"),
-        ("noise_level", real(0.001, 1), 0.5, OWN, "probability that noise makes a pixel black or white"),
-        ("augment", switch, False, OWN, "learn from 4 rotated and shifted copies of each digit, too"),
-        ("binarize", switch, False, OWN, "draw each pixel as black or white from its grey level"),
-    ),
-    "PRR: plot reproduction result": (
-        ("PRR", switch, True, KEPT, "draw test digits and their reconstructions"),
-        ("PRR_n_img_x", whole(1, 50), 10, KEPT, "digits from left to right"),
-        ("PRR_n_img_y", whole(1, 50), 10, KEPT, "digits from top to bottom"),
-        ("PRR_resize_factor", real(0.04, 3), 1.0, KEPT, "size of a digit in units of 28 pixels"),
-    ),
-    "PMLR: plot manifold learning result": (
-        ("PMLR", switch, None, KEPT, "draw the decoded plane (default: at --dim_z 2); False: no map either"),
-        ("PMLR_n_img_x", whole(1, 50), 20, KEPT, "digits from left to right"),
-        ("PMLR_n_img_y", whole(1, 50), 20, KEPT, "digits from top to bottom"),
-        ("PMLR_resize_factor", real(0.04, 3), 1.0, KEPT, "size of a digit in units of 28 pixels"),
-        ("PMLR_z_range", real(0.001, 8), 3.0, KEPT, "the manifold shows z from minus this to this"),
-        ("PMLR_n_samples", whole(1, mnist_data.N_TEST), 5_000, KEPT, "digits on the map, or all"),
-        ("animate", switch, False, OWN, "keep how the manifold forms in manifold.gif, a frame per epoch"),
-    ),
-    "run, and what to do with it afterwards": (
-        ("results_path", path, None, COMMAND, "new folder for the run (default: the next results/runN)"),
-        ("resume", switch, False, COMMAND, "go on with the run in --results_path"),
-        ("overwrite", switch, False, COMMAND, "remove the run in --results_path, or what --load made before"),
-        ("load", path, None, COMMAND, "folder of a run to take the network from, instead of training"),
-        ("n_importance", whole(1), None, RESUMED, "estimate log p(x) with this many samples of z per digit"),
-        ("n_generate", whole(1, 1_000_000), None, COMMAND, "write this many new images to generated.npz"),
-        ("reconstruct", path, None, COMMAND, "reconstruct your own digits: pictures, arrays, folders"),
-    ),
+STRATEGIES = ("none", "mirrored", "multi_worker")
+PRR_GROUP = "PRR: plot reproduction result"
+PMLR_GROUP = "PMLR: plot manifold learning result"
+PMLR_HELP = "plot the decoded latent plane (default: if --dim_z is 2); False also skips the latent map"
+RUN_GROUP = "run, and what to do with it afterwards"
+RESULTS_HELP = "output folder; must be new or empty (default: the next results/runN)"
+
+
+@dataclass
+class Flags:
+    """Each flag: its default, the values it accepts, its help, and what --resume and --load do with it."""
+
+    model: str = flag(
+        "vae", one_of(*MODELS), f"the lecture's or a paper's: {', '.join(MODELS)}", group="model"
+    )
+    dim_z: int = flag(2, integer(1, 10_000), "length of a latent vector")
+    n_hidden: int = flag(500, integer(1, 100_000), "units per hidden layer")
+    keep_prob: float = flag(0.9, real(0.001, 1), "dropout keep probability at the start; 1 means no dropout")
+
+    kl_weight: float = flag(1.0, real(0, 1_000), "weight of the KL divergence in training", group="training")
+    warm_up: int = flag(0, integer(0), "epochs over which that weight rises from 0")
+    n_samples: int = flag(None, integer(1, 1_000), "samples of z per digit (default: iwae 5, stein 20)")
+    dim_z_lower: int = flag(None, integer(1, 10_000), "length of the ladder's lower z (default: 64)")
+    n_labels: int = flag(None, integer(1), "labelled digits per class, for labels (default: all)")
+    optimizer: str = flag("sgd", one_of(*OPTIMIZERS), "sgd, with momentum and clipped gradients, or adam")
+    learn_rate: float = flag(None, real(1e-12, 1e6), "at the start (sgd: 0.02, adam: 0.002)", Reuse.RESUMABLE)
+    num_epochs: int = flag(20, integer(1), "passes through the training digits", Reuse.RESUMABLE)
+    batch_size: int = flag(128, integer(1, mnist_data.N_TRAIN), "mini-batch size")
+    seed: int = flag(0, integer(0), "random seed", Reuse.RELOADABLE)
+    distribute: str = flag("none", one_of(*STRATEGIES), ", ".join(STRATEGIES), Reuse.RESUME_DEFAULT)
+
+    data_dir: Path = flag(Path("data"), local_path, "MNIST is downloaded into it", Reuse.DEFAULT, "data")
+    add_noise: bool = flag(False, boolean, "learn to restore digits from salt-and-pepper noise")
+    noise_level: float = flag(0.5, real(0.001, 1), "probability that noise makes a pixel black or white")
+    augment: bool = flag(False, boolean, "also learn from 4 rotated and shifted copies of each digit")
+    binarize: bool = flag(False, boolean, "draw each pixel as black or white from its grey level")
+
+    PRR: bool = flag(True, boolean, "plot test digits and reconstructions", Reuse.DEFAULT, PRR_GROUP)
+    PRR_n_img_x: int = flag(10, integer(1, 50), "digits from left to right", Reuse.DEFAULT)
+    PRR_n_img_y: int = flag(10, integer(1, 50), "digits from top to bottom", Reuse.DEFAULT)
+    PRR_resize_factor: float = flag(
+        1.0, real(0.04, 3), "size of a digit in units of 28 pixels", Reuse.DEFAULT
+    )
+
+    PMLR: bool = flag(None, boolean, PMLR_HELP, Reuse.DEFAULT, PMLR_GROUP)
+    PMLR_n_img_x: int = flag(20, integer(1, 50), "digits from left to right", Reuse.DEFAULT)
+    PMLR_n_img_y: int = flag(20, integer(1, 50), "digits from top to bottom", Reuse.DEFAULT)
+    PMLR_resize_factor: float = flag(
+        1.0, real(0.04, 3), "size of a digit in units of 28 pixels", Reuse.DEFAULT
+    )
+    PMLR_z_range: float = flag(3.0, real(0.001, 8), "each axis covers [-z_range, z_range]", Reuse.DEFAULT)
+    PMLR_n_samples: int = flag(5_000, integer(1, mnist_data.N_TEST), "test digits on the map", Reuse.DEFAULT)
+    animate: bool = flag(False, boolean, "animate the manifold during training in manifold.gif")
+
+    results_path: Path = flag(None, local_path, RESULTS_HELP, Reuse.PER_COMMAND, RUN_GROUP)
+    resume: bool = flag(False, boolean, "continue the run in --results_path", Reuse.PER_COMMAND)
+    overwrite: bool = flag(False, boolean, "remove the run in --results_path first", Reuse.PER_COMMAND)
+    load: Path = flag(None, local_path, "load this run's network instead of training", Reuse.PER_COMMAND)
+    n_importance: int = flag(None, integer(1), "samples of z per digit for log p(x)", Reuse.RESUME_DEFAULT)
+    n_generate: int = flag(None, integer(1, 1_000_000), "new images for generated.npz", Reuse.PER_COMMAND)
+    reconstruct: list = flag(None, local_path, "files with your own digits", Reuse.PER_COMMAND, nargs="+")
+
+    @property
+    def draws_manifold(self):
+        return self.dim_z == 2 and self.PMLR is not False
+
+    @property
+    def draws_latent_map(self):
+        return self.dim_z > 1 and self.PMLR is not False
+
+
+# Output that only --overwrite replaces, and the flag that asks for it.
+NEVER_REPLACED = {
+    "generated.npz": "n_generate",
+    "reconstructed.npz": "reconstruct",
+    "reconstructed.png": "reconstruct",
 }
-WHOSE = {name: whose for rows in FLAGS.values() for name, _, _, whose, _ in rows}
-# Files that only --overwrite replaces, and the flag that asks for each.
-ONCE = {"generated.npz": "n_generate", "reconstructed.npz": "reconstruct", "reconstructed.png": "reconstruct"}
+
+
+class FlagParser(argparse.ArgumentParser):
+    """A parser whose errors are UserErrors."""
+
+    def error(self, message):
+        raise UserError(f"{' '.join(message.split())}; --help lists the flags")
 
 
 def make_parser():
-    """Returns the parser of FLAGS."""
-    parser = argparse.ArgumentParser("run_main.py", allow_abbrev=False)
-
-    def refuse(message):
-        raise UserError(f"{' '.join(message.split())}; --help lists the flags")
-
-    parser.error = refuse
-    for title, rows in FLAGS.items():
-        group = parser.add_argument_group(title)
-        for name, kind, default, _, text in rows:
-            more = {"choices": kind, "metavar": name.upper()} if isinstance(kind, tuple) else {"type": kind}
-            more |= {"nargs": "+", "metavar": "FILE"} if name == "reconstruct" else {}
-            if kind is switch:
-                more |= {"type": lambda text: {"true": True, "false": False}.get(text.lower(), text)}
-                more |= {"nargs": "?", "const": True, "metavar": "True|False"}
-            shown = "" if default is None else f" (default: {default})"
-            group.add_argument(f"--{name}", default=default, help=text + shown, **more)
+    """Returns the parser of Flags."""
+    parser = FlagParser(usage="python run_main.py [flags]", allow_abbrev=False)
+    for row in dataclasses.fields(Flags):
+        if row.metadata["group"]:
+            group = parser.add_argument_group(row.metadata["group"])
+        help_text = row.metadata["help"]
+        if row.default is not None:
+            help_text += f" (default: {row.default})"
+        options = {"type": row.metadata["parse"], "default": row.default, "help": help_text}
+        if row.metadata["nargs"]:
+            options |= {"nargs": row.metadata["nargs"], "metavar": "FILE"}
+        if options["type"] is boolean:
+            options |= {"nargs": "?", "const": True, "metavar": "True|False"}
+        group.add_argument(f"--{row.name}", **options)
     return parser
 
 
 def parse_flags(arguments=None):
-    """Returns the flags of a list of arguments, on top of those of the run that is resumed or loaded."""
+    """Returns the Flags in a list of arguments, completed by those of the run that is resumed or loaded."""
     arguments = sys.argv[1:] if arguments is None else [str(argument) for argument in arguments]
     parser = make_parser()
-    flags = parser.parse_args(arguments)
-    if run := flags.load or (flags.resume and flags.results_path):
-        recorded = read_json(run / "config.json").get("flags")
-        if not isinstance(recorded, dict) or recorded.get("load"):
-            raise UserError(f"{run} has no run that was trained there, or its config.json is damaged")
-        own = {name for name, whose in WHOSE.items() if whose == OWN}
-        if differing := sorted((own - recorded.keys()) | (recorded.keys() - WHOSE.keys())):
-            raise UserError(f"the run in {run} is of code with other flags: --{', --'.join(differing)}")
-        kinds = (OWN, KEPT, RESUMED) if flags.resume else (OWN, KEPT)
-        kept = [f"--{n}={recorded[n]}" for n in WHOSE if WHOSE[n] in kinds and recorded.get(n) is not None]
-        flags = parser.parse_args([*kept, *arguments])
-        here = not flags.results_path or flags.results_path.resolve() == run.resolve()
-        flags.results_path = run if here else flags.results_path
-        free = {"num_epochs", "learn_rate"} if flags.resume else set() if here else {"seed"}
-        for name in sorted(own - free):
-            if (given := getattr(flags, name)) != (value := recorded[name]):
-                raise UserError(f"--{name} is {given}, and the run in {run} has {value}: leave it out")
-    flags.learn_rate = flags.learn_rate or OPTIMIZERS[flags.optimizer][1]
-    for name, default in MODELS[flags.model][1].items():
-        setattr(flags, name, default if getattr(flags, name) is None else getattr(flags, name))
-    flags.PMLR = True if flags.PMLR is None and flags.dim_z == 2 else flags.PMLR
-    check_together(flags)
+    flags = Flags(**vars(parser.parse_args(arguments)))
+    if flags.load and flags.resume:
+        raise UserError("--resume and --load exclude each other")
+    if flags.resume and not flags.results_path:
+        raise UserError("--resume needs the run's folder: name it with --results_path")
+    if flags.resume or flags.load:
+        flags = reuse_recorded_flags(parser, arguments, flags)
+    if flags.learn_rate is None:
+        flags.learn_rate = OPTIMIZERS[flags.optimizer].learn_rate
+    check_flags(flags)
+    check_folders(flags)
     return flags
 
 
-def check_together(flags):
-    """Raises UserError for the first flags that do not fit each other or what is on disk."""
-    folder, epochs, plane = flags.results_path, flags.num_epochs, flags.dim_z == 2
-    files = [file.name for file in folder.glob("[!.]*")] if folder else []
-    run = "config.json" in files and "data_sha256" in read_json(folder / "config.json")
-    done = max(checkpoints(folder), default=0) if run else 0
-    begun, goes_on = run and (done or "log.csv" in files), flags.resume or folder == flags.load
-    made = [name for name, flag in ONCE.items() if getattr(flags, flag) and name in files]
-    others = {name for _, own in MODELS.values() for name in own} - MODELS[flags.model][1].keys()
-    alien = [f"--{name}" for name in sorted(others) if getattr(flags, name) is not None]
-    for wrong, message in (
-        (flags.load and flags.resume, "--resume trains on and --load does not train: take one of them"),
-        (flags.resume and flags.overwrite, "--resume goes on with a run, --overwrite removes it: take one"),
-        (flags.resume and not folder, "--resume needs the run's folder: name it with --results_path"),
-        (flags.load and not checkpoints(flags.load), f"--load {flags.load} has no finished epoch"),
-        (flags.load and flags.distribute != "none", "--distribute is for training, which --load does not do"),
-        (flags.resume and epochs < done, f"--num_epochs {epochs}: {folder} has {done}; take no fewer"),
-        (flags.PMLR and not plane, f"--PMLR draws a plane, and --dim_z is {flags.dim_z}: leave one out"),
-        (flags.animate and not plane, "--animate shows the manifold: it needs --dim_z 2"),
-        (flags.animate and epochs > 100, "--num_epochs has to be 100 or fewer in a run with --animate"),
-        (alien, f"--model {flags.model} has no {' and no '.join(alien)}: leave it out"),
-        (flags.binarize and flags.model == "least_squares", "--binarize: least_squares is for grey levels"),
-        (flags.noise_level != 0.5 and not flags.add_noise, "--noise_level does nothing without --add_noise"),
-        (folder and folder.is_file(), f"--results_path {folder} is a file: name a folder"),
-        (flags.data_dir.is_file(), f"--data_dir {flags.data_dir} is a file: name a folder"),
-        (files and not run, f"--results_path {folder} is not empty and holds no run: name another"),
-        (begun and not goes_on and not flags.overwrite, f"{folder} holds a run: add --resume or --overwrite"),
-        (made and not flags.overwrite, f"{folder} has {' and '.join(made)}: move that, or add --overwrite"),
-    ):
-        if wrong:
-            raise UserError(message)
+def reuse_recorded_flags(parser, arguments, given):
+    """Returns the flags with a run's recorded ones as defaults. UserError if one changes that may not."""
+    run_folder = given.load or given.results_path
+    in_place = given.results_path is None or given.results_path.resolve() == run_folder.resolve()
+    recorded = recorded_flags(run_folder)
+    for row in dataclasses.fields(Flags):
+        if row.name in recorded and is_reused(row.metadata["reuse"], given):
+            # As a string, which argparse checks as if it had been given.
+            text = None if recorded[row.name] is None else str(recorded[row.name])
+            parser.set_defaults(**{row.name: text})
+    flags = Flags(**vars(parser.parse_args(arguments)))
+    run_flags = Flags(**vars(parser.parse_args([])))
+    for row in dataclasses.fields(Flags):
+        value = getattr(flags, row.name)
+        run_value = getattr(run_flags, row.name)
+        if value != run_value and is_fixed(row.metadata["reuse"], given, in_place):
+            raise UserError(
+                f"--{row.name} {value} conflicts with the run in {run_folder} ({run_value}): omit it"
+            )
+    if in_place:
+        flags.results_path = run_folder
+    return flags
+
+
+def recorded_flags(run_folder):
+    """Returns the flags in a run's config.json; UserError if it is not usable."""
+    config = read_json(run_folder / "config.json")
+    recorded = config.get("flags")
+    if not isinstance(recorded, dict) or recorded.get("load"):
+        raise UserError(f"{run_folder} is not the folder of a training run, or its config.json is damaged")
+    names = {row.name for row in dataclasses.fields(Flags)}
+    fixed = {row.name for row in dataclasses.fields(Flags) if row.metadata["reuse"] is Reuse.FIXED}
+    differing = sorted((fixed - recorded.keys()) | (recorded.keys() - names))
+    if differing:
+        names = ", --".join(differing)
+        raise UserError(f"the run in {run_folder} was made by a version with other flags: --{names}")
+    if not isinstance(config.get("n_pixels"), int):
+        raise UserError(f"the run in {run_folder} was made by an earlier version")
+    return recorded
+
+
+def is_reused(reuse, flags):
+    """Returns whether --resume or --load takes a recorded value as the default."""
+    if reuse is Reuse.RESUME_DEFAULT:
+        return flags.resume
+    return reuse is not Reuse.PER_COMMAND
+
+
+def is_fixed(reuse, flags, in_place):
+    """Returns whether --resume or --load refuses another value than the recorded one."""
+    if reuse is Reuse.RESUMABLE:
+        return not flags.resume
+    if reuse is Reuse.RELOADABLE:
+        return in_place
+    return reuse is Reuse.FIXED
+
+
+def check_flags(flags):
+    """Raises UserError for flags that do not go together."""
+    if flags.resume and flags.overwrite:
+        raise UserError("--resume continues a run and --overwrite removes it: they exclude each other")
+    if flags.load and flags.distribute != "none":
+        raise UserError("--distribute is for training, and --load does not train")
+    if flags.PMLR and flags.dim_z != 2:
+        raise UserError(f"--PMLR plots a plane, but --dim_z is {flags.dim_z}: omit one of them")
+    if flags.animate and flags.dim_z != 2:
+        raise UserError("--animate shows the latent plane: it needs --dim_z 2")
+    if flags.animate and flags.num_epochs > 100:
+        raise UserError("--num_epochs must be 100 or fewer with --animate")
+    if flags.warm_up > flags.num_epochs:
+        raise UserError(f"--warm_up {flags.warm_up} is longer than --num_epochs {flags.num_epochs}")
+    if flags.noise_level != 0.5 and not flags.add_noise:
+        raise UserError("--noise_level has no effect without --add_noise")
+    if flags.binarize and flags.model == "least_squares":
+        raise UserError("--binarize: --model least_squares is for grey levels")
+    model = MODELS[flags.model]
+    for other in MODELS.values():
+        for name in (*other.options, *other.data_flags):
+            applies = name in (*model.options, *model.data_flags)
+            if getattr(flags, name) is not None and not applies:
+                raise UserError(f"--{name} does not apply to --model {flags.model}: omit it")
+
+
+def check_folders(flags):
+    """Raises UserError for flags that do not fit what is on disk."""
+    folder = flags.results_path
+    if flags.load and not checkpoint_files(flags.load):
+        raise UserError(f"--load {flags.load} has no finished epoch")
+    if flags.data_dir.is_file():
+        raise UserError(f"--data_dir {flags.data_dir} is a file: name a folder")
+    if folder is None:
+        return
+    if folder.is_file():
+        raise UserError(f"--results_path {folder} is a file: name a folder")
+    names = {file.name for file in folder.glob("[!.]*")}
+    is_run = "data_sha256" in read_json(folder / "config.json")
+    n_epochs = max(checkpoint_files(folder), default=0)
+    has_started = n_epochs > 0 or "log.csv" in names
+    if names and not is_run:
+        raise UserError(f"--results_path {folder} is not empty and holds no run: name another folder")
+    if has_started and not (flags.resume or flags.overwrite or folder == flags.load):
+        raise UserError(f"{folder} already holds a run: add --resume or --overwrite")
+    if flags.resume and flags.num_epochs < n_epochs:
+        raise UserError(f"--num_epochs must be at least {n_epochs}, the number of epochs already trained")
+    for name, flag_name in NEVER_REPLACED.items():
+        if name in names and getattr(flags, flag_name) and not flags.overwrite:
+            raise UserError(f"{name} already exists in {folder}: move it, or add --overwrite")
+
+
+# --- Data and the folder of a run ---------------------------------------------------------------------
+
+
+def needs_data(flags):
+    """Returns whether the data are needed: not if --load only makes new images or reconstructs own digits."""
+    only_generates = flags.n_generate and not flags.n_importance
+    return not (flags.load and (flags.reconstruct or only_generates))
 
 
 def load_data(flags):
-    """Returns the data; UserError if they are not those of the run that goes on, or too few for the flags."""
+    """Returns the data; UserError if they are not those of the resumed or loaded run, or too few."""
     data = mnist_data.load_mnist(flags.data_dir)
-    run, where = flags.load or (flags.resume and flags.results_path), f"--data_dir {flags.data_dir}"
-    if run and read_json(run / "config.json").get("data_sha256") != data.sha256:
-        raise UserError(f"{where} holds other data than the run in {run} began with")
-    n_train, n_test = len(data.train_images), len(data.test_images)
+    run_folder = flags.load or (flags.results_path if flags.resume else None)
+    if run_folder:
+        recorded = read_json(run_folder / "config.json")
+        if recorded.get("data_sha256") != data.file_sha256:
+            raise UserError(
+                f"--data_dir {flags.data_dir} holds other data than the run in {run_folder} was trained on"
+            )
+        if recorded.get("digits_sha256") != data.checksum():
+            raise UserError(
+                f"load_mnist returns other digits than the run in {run_folder} was trained on: undo that"
+            )
+    n_train = len(data.train_images)
+    n_test = len(data.test_images)
+    n_pixels = data.train_images.shape[1]
+    if math.isqrt(n_pixels) ** 2 != n_pixels:
+        raise UserError(f"load_mnist returns images of {n_pixels} pixels: they must be square")
     if flags.batch_size > n_train or flags.PRR_n_img_x * flags.PRR_n_img_y > n_test:
-        raise UserError(f"{where} has {n_train:,} and {n_test:,} digits: lower --batch_size or --PRR_n_img_x")
+        found = f"--data_dir {flags.data_dir} has {n_train:,} training and {n_test:,} test digits"
+        raise UserError(f"{found}: lower --batch_size or --PRR_n_img_x")
     return data
 
 
-def is_chief(flags):
-    """Returns whether this process writes, of those that train together. UserError if TF_CONFIG is wrong."""
-    if flags.distribute != "multi_worker":
-        return True
-    with contextlib.suppress(LookupError, ValueError, TypeError, AttributeError, RecursionError):
-        config = json.loads(os.environ["TF_CONFIG"])
-        jobs, job, index = config["cluster"], config["task"]["type"], config["task"]["index"]
-        if index >= 0 and jobs[job][index] and all(type(hosts) is list and hosts for hosts in jobs.values()):
-            return index == 0 and job == ("chief" if "chief" in jobs else "worker")
-    example = '{"cluster": {"worker": ["HOST:PORT", ...]}, "task": {"type": "worker", "index": 0}}'
-    raise UserError(f"--distribute multi_worker needs TF_CONFIG in the environment, like {example}")
+def new_folder():
+    """Returns the next free one of results/run1, results/run2, ..., which it makes."""
+    Path("results").mkdir(exist_ok=True)
+    for number in itertools.count(1):
+        folder = Path("results", f"run{number}")
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            continue
+        return folder
 
 
-def begin_run(flags, data):
-    """Returns the run's folder: made if it is new, rid of the old run by --overwrite, with a config.json."""
-    folder, numbered = flags.results_path, (Path("results", f"run{n}") for n in itertools.count(1))
-    while folder is None:
-        Path("results").mkdir(exist_ok=True)
-        with contextlib.suppress(FileExistsError):
-            (new := next(numbered)).mkdir()
-            folder = new
-    removed = [*folder.glob(".part-*"), *folder.glob("checkpoint/.part-*")]  # what a kill left
-    if flags.overwrite and folder != flags.load:
-        names = ("log.csv", "metrics.json", "latent.npz", "vae.keras", *ONCE, *plot_utils.PICTURES)
-        removed += [*checkpoints(folder).values(), *(folder / name for name in names)]
+def claim_folder(flags, data, network):
+    """Returns the run's folder, created if needed, with a config.json. --overwrite removes the old run."""
+    if flags.load and flags.results_path == flags.load:
+        return flags.load
+    folder = flags.results_path or new_folder()
+    removed = [*folder.glob(".part-*"), *folder.glob("checkpoint/.part-*")]  # left by a kill
+    if flags.overwrite:
+        names = ["log.csv", "metrics.json", "latent.npz", "vae.keras", *NEVER_REPLACED, *plot_utils.PICTURES]
+        removed += [folder / name for name in names]
+        removed += checkpoint_files(folder).values()
     for file in removed:
         file.unlink(missing_ok=True)
-    if folder != flags.load:
-        own = vars(flags) | {"resume": False, "overwrite": False}
-        modules = map(importlib.import_module, ("tensorflow", "keras", "numpy", "scipy", "matplotlib"))
-        versions = {"python": sys.version} | {module.__name__: module.__version__ for module in modules}
-        config = {"flags": own, "versions": versions, "data_sha256": data and data.sha256}
-        write_whole(folder / "config.json", json.dumps(config, indent=2, default=str) + "\n")
+    versions = {"python": sys.version}
+    for name in ("tensorflow", "keras", "numpy", "scipy", "matplotlib"):
+        versions[name] = importlib.import_module(name).__version__
+    config = {
+        "flags": dataclasses.asdict(flags) | {"resume": False, "overwrite": False},
+        "versions": versions,
+        "data_sha256": data.file_sha256 if data else None,
+        "digits_sha256": data.checksum() if data else None,
+        "n_pixels": network.n_pixels,
+    }
+    write_atomically(folder / "config.json", json.dumps(config, indent=2, default=str) + "\n")
     return folder
 
 
 def read_json(path):
     """Returns the dictionary in a JSON file, {} if it is missing or damaged."""
-    with contextlib.suppress(OSError, ValueError, RecursionError, TypeError):
-        return dict(json.loads(path.read_text()))
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        content = json.loads(path.read_text())
+        if isinstance(content, dict):
+            return content
     return {}
 
 
 def write_log(folder, history):
-    """Writes log.csv: one row per epoch."""
-    rows = [history[0].keys(), *(row.values() for row in history)]
-    write_whole(folder / "log.csv", "".join(",".join(map(str, row)) + "\n" for row in rows))
+    """Writes log.csv: one row per epoch. A column that older epochs lack is empty there."""
+    columns = dict.fromkeys(name for row in history for name in row)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(history)
+    write_atomically(folder / "log.csv", text.getvalue())
 
 
-def checkpoints(folder):
+def checkpoint_files(folder):
     """Returns the checkpoints in a run's folder, {epoch: path}, the newest last."""
-    files = {file.stem.removeprefix("epoch-"): file for file in folder.glob("checkpoint/epoch-*.npz")}
-    return {int(epoch): files[epoch] for epoch in sorted(filter(str.isdecimal, files), key=int)}
+    files = {}
+    for file in folder.glob("checkpoint/epoch-*.npz"):
+        epoch = file.stem.removeprefix("epoch-")
+        if epoch.isdecimal():
+            files[int(epoch)] = file
+    return dict(sorted(files.items()))
 
 
-def probe(network):
-    """Returns three numbers that identify what a network computes: ELBO terms and an importance weight."""
-    with tf.device("CPU"):  # a GPU rounds differently
-        x = tf.convert_to_tensor(network.mean_image)[None, ::-1]  # reversed: as it is, centring makes it 0
-        log_weights = network.log_weights(x, x, 1, seed=[0, 0])
-        return np.concatenate([*network.elbo_terms(x, x, seed=[0, 0]), *log_weights])
+def state_variables(network):
+    """Returns the variables in a checkpoint: the network's and, in training, the optimizer's.
+
+    A constant learning rate is not one of them: it follows --learn_rate.
+    """
+    variables = list(network.variables)
+    if network.compiled:
+        variables += [
+            variable for variable in network.optimizer.variables if variable.name != "learning_rate"
+        ]
+    return variables
 
 
-def save_checkpoint(state, folder):
-    """Writes the state after an epoch, and its log; keeps the state before."""
-    epoch, variables = len(state.history), [*state.network.weights, *state.optimizer.variables]
-    arrays = {"history": json.dumps(state.history), "frames": state.frames, "probe": probe(state.network)}
-    arrays |= {f"variable_{i}": variable.numpy() for i, variable in enumerate(variables)}
-    with whole_file(folder / "checkpoint" / f"epoch-{epoch}.npz") as part:
+def save_epoch(state, digits, flags, folder):
+    """Writes the state after an epoch, and log.csv; keeps the state after the epoch before."""
+    if flags.animate:
+        frame = plot_utils.frame(state.network, digits, flags)
+        state.frames = [
+            old for old in state.frames if old.shape == frame.shape
+        ]  # --resume may change the size
+        state.frames.append(frame)
+    arrays = {
+        "history": json.dumps(state.history),
+        "frames": state.frames,
+        "fingerprint": state.network.fingerprint(),
+    }
+    for i, variable in enumerate(state_variables(state.network)):
+        arrays[f"variable_{i}"] = variable.numpy()
+    with atomic_write(folder / "checkpoint" / f"epoch-{len(state.history)}.npz") as part:
         np.savez(part, **arrays)
-    for old in list(checkpoints(folder).values())[:-2]:
-        old.unlink()
+    for file in list(checkpoint_files(folder).values())[:-2]:
+        file.unlink()
     write_log(folder, state.history)
 
 
-def load_checkpoint(state, folder):
-    """Sets the state to the newest good checkpoint in a run's folder, if there ever was one."""
+def read_checkpoint(file):
+    """Returns the arrays in a checkpoint, by name; ValueError if it is damaged."""
+    try:
+        with np.load(file) as arrays:
+            if arrays.zip.testzip():
+                raise ValueError("wrong checksum")
+            return dict(arrays)
+    except Exception as error:  # NumPy may raise any exception on a damaged file
+        raise ValueError(f"{file} is damaged ({error_message(error)})") from error
+
+
+def restore_state(state, folder):
+    """Restores the newest good checkpoint in a run's folder. UserError if all of them are damaged or gone."""
     damage = []
-    for file in reversed(checkpoints(folder).values()):
+    for file in reversed(checkpoint_files(folder).values()):
         try:
-            with np.load(file) as arrays:
-                if arrays.zip.testzip():
-                    raise ValueError("wrong checksum")
-                history, frames, expected, *values = dict(arrays).values()
-            break
-        except Exception as error:  # a damaged file makes those who read it raise anything
-            damage.append(f"{file} is damaged ({reason(error)})")
-    else:
-        if damage or (folder / "log.csv").exists():
-            raise UserError(f"{'; '.join(damage) or f'{folder} lacks its checkpoints'}: train anew elsewhere")
+            arrays = read_checkpoint(file)
+        except ValueError as error:
+            damage.append(str(error))
+            continue
+        restore_checkpoint(state, file, arrays)
+        log("; ".join([*damage, f"taking the state after epoch {len(state.history)}"]))
         return
-    variables = [*state.network.weights, *(state.optimizer.variables if state.optimizer else ())]
-    values = values if state.optimizer else values[: len(variables)]
+    if damage:
+        raise UserError(f"{'; '.join(damage)}: start a new run")
+    if (folder / "log.csv").exists():
+        raise UserError(f"the checkpoints in {folder} are missing: start a new run")
+
+
+def restore_checkpoint(state, file, arrays):
+    """Sets the state to the arrays of a checkpoint. UserError if another network saved it."""
+    variables = state_variables(state.network)
+    values = [array for name, array in arrays.items() if name.startswith("variable_")]
+    if not state.network.compiled:
+        values = values[: len(variables)]  # without the optimizer's
     if [value.shape for value in values] != [tuple(variable.shape) for variable in variables]:
-        raise UserError(f"{file} has weights of other shapes: undo what was changed in vae.py or config.json")
+        raise UserError(f"{file} has weights of other shapes: undo the change to vae.py or config.json")
     for variable, value in zip(variables, values, strict=True):
         variable.assign(value)
-    found = probe(state.network)
-    if not np.allclose(found, expected, rtol=1e-4, atol=1e-3):
-        raise UserError(f"{file} is of a network that computed {expected}, not {found}: undo the change")
-    state.history, state.frames = json.loads(str(history)), list(frames)
-    say("; ".join([*damage, f"taking the state after epoch {len(state.history)}"]))
+    saved = arrays["fingerprint"]
+    found = state.network.fingerprint()
+    if saved.shape != found.shape or not np.allclose(found, saved, rtol=1e-4, atol=1e-3):
+        change = f"that computes {saved} where this one computes {found}"
+        raise UserError(f"{file} was saved by a network {change}: undo the change to the code")
+    state.history = json.loads(str(arrays["history"]))
+    state.frames = list(arrays["frames"])
 
 
-def load_tensorflow(flags):
-    """Loads TensorFlow, whatever Keras' settings, without start-up messages, which no setting silences."""
-    os.environ |= {"KERAS_BACKEND": "tensorflow", "KERAS_HOME": os.devnull, "TF_USE_LEGACY_KERAS": "0"}
-    os.environ["TF_DETERMINISTIC_OPS"] = "1"  # or a GPU would give other bits in every run
-    # Without autotuning, which that ends, Triton's matrix products take up to ten times as long as cuBLAS'.
-    os.environ["XLA_FLAGS"] = f"--xla_gpu_enable_triton_gemm=false {os.environ.get('XLA_FLAGS', '')}"
-    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")  # other programs may use a GPU, too
-    # When a worker is gone, TensorFlow logs many lines, then raises.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3" if flags.distribute == "multi_worker" else "2")
-    chatter = r"WARNING: All log messages before absl|[IW]\d{4} |E\d{4} .*cuInit"  # no GPU is no error
-    script = f"import re, sys; [print(line, end='') for line in sys.stdin if not re.match({chatter!r}, line)]"
-    command = [sys.executable, "-c", script]  # a program of its own outlives a TensorFlow that dies
-    stderr = os.dup(2)
-    gc.disable()  # a quarter of the import would go to looking for garbage
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=stderr, start_new_session=True) as filter_:
-        os.dup2(filter_.stdin.fileno(), 2)
+def save_results(state, digits, flags, folder):
+    """Writes what was measured on the test digits, their latents, the pictures, and the network."""
+    network = state.network
+    write_log(folder, state.history)
+    terms = evaluate_images(network, digits.test, flags)
+    mean, log_var = latent_moments(network, digits.test)
+    metrics = evaluate_test_set(network, digits.test, terms, (mean, log_var), flags)
+    log("\n".join(f"{name:20}{value:12,.5g}" for name, value in metrics.items()))
+    old = read_json(folder / "metrics.json")
+    if old.get("test_elbo") == metrics["test_elbo"]:  # of the same weights: keep what was measured before
+        metrics = old | metrics
+    write_atomically(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    terms["elbo"] = -(terms["reconstruction"] + terms["kl"])
+    with atomic_write(folder / "latent.npz") as part:
+        np.savez(part, mean=mean, log_var=log_var, label=digits.test.labels, **terms)
+    if not flags.load:
+        # A copy without the optimizer, whose learning rate has reached 0.
+        trained = type(network).from_config(network.get_config())
+        trained.set_weights(network.get_weights())
+        with atomic_write(folder / "vae.keras") as part:
+            trained.save(part)
+    pictures = plot_utils.draw(state, digits, flags)
+    for name in plot_utils.PICTURES:
+        if name not in pictures:  # of an earlier state
+            (folder / name).unlink(missing_ok=True)
+    for name, content in pictures.items():
+        write_atomically(folder / name, content)
+
+
+# --- Several devices and machines ---------------------------------------------------------------------
+
+
+def is_chief(flags):
+    """Returns whether this process is the chief, which writes all files. UserError for a bad TF_CONFIG."""
+    if flags.distribute != "multi_worker":
+        return True
+    try:
+        config = json.loads(os.environ["TF_CONFIG"])
+        jobs = config["cluster"]
+        job = config["task"]["type"]
+        index = config["task"]["index"]
+        valid = index >= 0 and bool(jobs[job][index])
+        valid = valid and all(isinstance(hosts, list) and hosts for hosts in jobs.values())
+    except (LookupError, ValueError, TypeError, AttributeError, RecursionError):
+        valid = False
+    if not valid:
+        example = '{"cluster": {"worker": ["HOST:PORT", ...]}, "task": {"type": "worker", "index": 0}}'
+        raise UserError(f"--distribute multi_worker needs TF_CONFIG in the environment, like {example}")
+    return index == 0 and job == ("chief" if "chief" in jobs else "worker")
+
+
+@contextlib.contextmanager
+def distribution_strategy(flags):
+    """Yields the tf.distribute strategy. Within, too little memory or a lost worker is a UserError."""
+    errors = tf.errors
+    lost = ()
+    with contextlib.ExitStack() as cleanup:
+        if flags.distribute == "multi_worker":
+            for number in (signal.SIGINT, signal.SIGTERM):
+                cleanup.callback(signal.signal, number, signal.getsignal(number))
+            strategy = join_workers()
+            lost = (
+                errors.UnavailableError,
+                errors.DeadlineExceededError,
+                errors.AbortedError,
+                errors.CancelledError,
+            )
+        elif flags.distribute == "mirrored":
+            strategy = mirrored_strategy()
+        else:
+            strategy = tf.distribute.get_strategy()
+        n_replicas = strategy.num_replicas_in_sync
+        if flags.batch_size % n_replicas:
+            raise UserError(f"--batch_size {flags.batch_size} must be divisible by the {n_replicas} replicas")
         try:
-            tf.config.list_physical_devices()  # at its first use, it is loaded
-        finally:
-            os.dup2(stderr, 2)
-            os.close(stderr)
-            gc.freeze()  # or else the end of the program takes a second to collect what the import brought
-            gc.enable()
+            yield strategy
+            compare_workers(strategy, "ends", "")  # a worker that ends early would count as lost
+        except (MemoryError, errors.ResourceExhaustedError) as error:
+            raise UserError("out of memory: lower --n_hidden or --batch_size") from error
+        except lost as error:
+            message = "lost another worker: restart all of them; add --resume if an epoch was finished"
+            raise UserError(message) from error
+
+
+@functools.cache
+def mirrored_strategy():
+    """Returns the strategy over this machine's devices: always the same one.
+
+    TensorFlow would confuse the gradients of another network with those of a strategy made before.
+    """
+    return tf.distribute.MirroredStrategy()
 
 
 def join_workers():
     """Returns the strategy over the machines of TF_CONFIG, once all of them are there."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's handler would not run while TensorFlow waits
-    say("waiting for the other workers: Ctrl-C ends that")
+    log("waiting for the other workers; Ctrl-C stops waiting")
     try:
         return tf.distribute.MultiWorkerMirroredStrategy()
-    except Exception as error:  # there is no one kind
-        raise UserError(f"TF_CONFIG cannot be used: {reason(error)}") from error
+    except Exception as error:  # TensorFlow may raise any exception
+        raise UserError(f"TF_CONFIG cannot be used: {error_message(error)}") from error
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # TensorFlow's own does not end the program
 
 
-@contextlib.contextmanager
-def make_strategy(flags):
-    """Yields the tf.distribute strategy; within, too little memory or a lost worker is a UserError."""
-    kinds = {"none": tf.distribute.get_strategy, "mirrored": tf.distribute.MirroredStrategy}
-    strategy = kinds.get(flags.distribute, join_workers)()
-    n, errors = strategy.num_replicas_in_sync, tf.errors
-    if flags.batch_size % n:
-        raise UserError(f"--batch_size {flags.batch_size} cannot be split over {n} replicas: take a multiple")
-    gone = errors.UnavailableError, errors.DeadlineExceededError, errors.AbortedError, errors.CancelledError
-    gone = gone if flags.distribute == "multi_worker" else ()
-    try:
-        yield strategy
-        check_agreement(strategy, "ends", "")  # wait for each other: a worker that ends early counts as dead
-    except (MemoryError, errors.ResourceExhaustedError) as error:
-        raise UserError("out of memory: lower --n_hidden or --batch_size") from error
-    except gone as error:
-        raise UserError("another worker is gone: start all again, with --resume after an epoch") from error
+def compile_distributed_epoch(network, flags, strategy):
+    """compile_epoch for replicas: each takes its share of a mini-batch and draws its own random numbers."""
+    n_replicas = strategy.num_replicas_in_sync
+    share = flags.batch_size // n_replicas
+    training_loss = network.training_loss
 
+    def replica_loss(batch, **options):
+        loss, reconstruction, kl = training_loss(batch, **options)
+        return loss / n_replicas, reconstruction, kl  # the replicas' gradients are summed
 
-def check_agreement(strategy, what, content):
-    """Waits for all workers; raises UserError unless all of them have the same content, a string."""
-    if strategy.num_replicas_in_sync > 1:
-        checksum = partial(tf.strings.to_hash_bucket_fast, [content], 2**62)
-        checksums = tf.function(lambda: strategy.gather(strategy.run(checksum), axis=0), autograph=False)()
-        if len(set(checksums.numpy())) > 1:
-            raise UserError(f"--distribute multi_worker: the workers have different {what}")
+    # XLA cannot compile the exchange between replicas, only each one's loss.
+    network.training_loss = compiled(replica_loss, jit_compile=True, autograph=False)
 
-
-def prepare(images, flags, seed):
-    """Returns the targets and the encoder's inputs, float32 in [0, 1], of images (batch, 784) uint8."""
-    x = tf.cast(images, tf.float32) / 255
-    x = vae.binarize(x, seed) if flags.binarize else x
-    return x, vae.salt_and_pepper(x, flags.noise_level, seed) if flags.add_noise else x
-
-
-def make_digits(data, flags):
-    """Returns train_images (n, 784) uint8, train_ and test_labels (n,), and `valid` and `test` prepared."""
-    augment = flags.augment and not flags.load
-    train_images = mnist_data.augment(data.train_images, flags.seed) if augment else data.train_images
-    seed = partial(tf.random.fold_in, [flags.seed, EVALUATION])
-    valid = [np.asarray(images) for images in prepare(data.valid_images, flags, seed(0))]
-    test = [np.asarray(images) for images in prepare(data.test_images, flags, seed(1))]
-    labels = mnist_data.hide_labels(data.train_labels, flags.n_labels, flags.seed)
-    train_labels = np.tile(labels, len(train_images) // len(labels))  # copies of a digit have its label
-    labels = {"train_labels": train_labels, "test_labels": data.test_labels}
-    return argparse.Namespace(train_images=train_images, valid=valid, test=test, **labels)
-
-
-def build(digits, flags):
-    """Returns all that training changes: network, optimizer, rows of log.csv, frames of the animation."""
-    mean_image = digits.train_images.mean(axis=0) / 255 if digits else 0.5
-    kind, own = MODELS[flags.model]
-    options = {name: getattr(flags, name) for name in own}
-    network = getattr(vae, kind)(flags.dim_z, flags.n_hidden, mean_image, flags.seed, **options)
-    optimizer = None if flags.load else make_optimizer(network, digits, flags)
-    return argparse.Namespace(network=network, optimizer=optimizer, history=[], frames=[])
-
-
-def make_optimizer(network, digits, flags):
-    """Returns the optimizer; its learning rate decays along a half cosine to 0 at the end of training."""
-    n_steps = flags.num_epochs * (len(digits.train_images) // flags.batch_size)
-    rate = tf.keras.optimizers.schedules.CosineDecay(flags.learn_rate, n_steps)
-    optimizer = OPTIMIZERS[flags.optimizer][0](rate)
-    optimizer.build(network.trainable_variables)
-    return optimizer
-
-
-def sgd_step(training_terms, images, weights, optimizer, flags, **options):
-    """A step of stochastic gradient descent on the negative ELBO of a mini-batch; returns its terms, (2,).
-
-    images: targets, encoder's inputs, labels. options: seed, keep_prob and kl_weight.
-    """
-    with tf.GradientTape() as tape:
-        terms = training_terms(*images, **options)
-        reconstruction, kl = (tf.reduce_sum(term) / flags.batch_size for term in terms)
-        negative_elbo = reconstruction + options["kl_weight"] * kl
-    gradients = tape.gradient(negative_elbo, weights)
-    optimizer.apply_gradients(zip(gradients, weights, strict=True))
-    return tf.stack([reconstruction, kl])
-
-
-def compile_training(strategy, state, digits, flags):
-    """Returns the function that trains for an epoch: all of its steps are one compiled function."""
-    images, labels = tf.constant(digits.train_images), tf.constant(digits.train_labels)
-    network, optimizer, training_terms = state.network, state.optimizer, state.network.training_terms
-    if flags.distribute != "none":  # XLA cannot compile the exchange between replicas, only what lies between
-        training_terms = tf.function(training_terms, jit_compile=True, autograph=False)
-    n_steps, n_replicas = len(images) // flags.batch_size, strategy.num_replicas_in_sync
-    linear = tf.keras.optimizers.schedules.PolynomialDecay
-    # Annealed dropout (Rennie, Goel and Thomas 2014): its noise would hinder at the end.
-    drop_prob = linear(1 - flags.keep_prob, max(1, int(ANNEALED * flags.num_epochs * n_steps)), 0.0)
-    kl_weight = linear(0.0, max(1, flags.warm_up * n_steps), flags.kl_weight)
-
-    def replica_step(indices, epoch, step):
-        """A replica's part of a step: its share of the mini-batch, and random numbers of its own."""
+    def replica_step(images, labels, indices, seed, n_steps):
         replica = tf.distribute.get_replica_context().replica_id_in_sync_group
-        share = flags.batch_size // n_replicas
-        seed = tf.random.fold_in(tf.stack([flags.seed, epoch]), step * n_replicas + replica)
-        mine = tf.slice(indices, [replica * share], [share])
-        x, x_corrupted = prepare(tf.gather(images, mine), flags, seed)
-        keep_prob = 1 - drop_prob(optimizer.iterations) if flags.keep_prob < 1 else 1
-        weight = kl_weight(optimizer.iterations) if flags.warm_up else flags.kl_weight
-        options = {"seed": seed, "keep_prob": keep_prob, "kl_weight": weight}
-        batch = x, x_corrupted, tf.gather(labels, mine)
-        return sgd_step(training_terms, batch, network.trainable_variables, optimizer, flags, **options)
+        own = tf.slice(indices, [replica * share], [share])
+        seed = vae.fold_in(seed, replica)
+        sgd_step(network, tf.gather(images, own), tf.gather(labels, own), seed, n_steps, flags)
 
-    @tf.function(jit_compile=flags.distribute == "none")
-    def train_steps(batches, epoch):
-        total = tf.zeros(2)
-        for step in tf.range(len(batches)):
-            terms = strategy.run(replica_step, (batches[step], epoch, step))
-            total += strategy.reduce("SUM", terms, axis=None)
-        return total / len(batches)
+    def train_epoch(images, labels, batches, epoch):
+        n_steps = len(batches)
+        for step in tf.range(n_steps):
+            seed = vae.fold_in(tf.stack([flags.seed, epoch]), step)
+            strategy.run(replica_step, (images, labels, batches[step], seed, n_steps))
 
-    def train_epoch(epoch):
-        """Goes through the training images once, with dropout; returns the means of the two terms, (2,)."""
-        order = tf.random.experimental.stateless_shuffle(tf.range(len(images)), [flags.seed, epoch])
-        batches = tf.reshape(order[: n_steps * flags.batch_size], (n_steps, flags.batch_size))
-        return train_steps(batches, tf.constant(epoch)).numpy()
-
-    return train_epoch
+    return compiled(train_epoch)
 
 
-def in_batches(size, *arrays):
-    """Yields the rows of arrays of the same length, `size` or fewer at a time."""
-    return zip(*(np.array_split(array, math.ceil(len(array) / size)) for array in arrays), strict=True)
+def check_workers_agree(strategy, flags, data, state):
+    """Raises UserError unless all workers train with the same flags and data, from the same checkpoint."""
+    shared = {}
+    for row in dataclasses.fields(Flags):
+        if row.metadata["reuse"] not in (Reuse.DEFAULT, Reuse.PER_COMMAND) or row.name == "resume":
+            shared[row.name] = getattr(flags, row.name)
+    content = f"{shared, data and data.checksum(), state.history}"
+    compare_workers(strategy, "flags, data or checkpoints", content)
 
 
-def evaluate(network, x, x_corrupted, flags):
-    """Returns reconstruction error and KL divergence of targets and inputs (n, 784), without dropout."""
-    seed, batches = partial(tf.random.fold_in, [flags.seed, EVALUATION]), in_batches(1_000, x, x_corrupted)
-    terms = [network.elbo_terms(*images, seed=seed(i)) for i, images in enumerate(batches)]
-    return np.concatenate(terms, axis=1).mean(axis=1)
+def compare_workers(strategy, what, content):
+    """Waits for all workers; raises UserError unless all of them have the same content, a string."""
+    if strategy.num_replicas_in_sync == 1:
+        return
+
+    def checksum():
+        return tf.strings.to_hash_bucket_fast([content], 2**62)
+
+    def all_checksums():
+        return strategy.gather(strategy.run(checksum), axis=0)
+
+    if len(set(compiled(all_checksums, autograph=False)().numpy())) > 1:
+        raise UserError(f"--distribute multi_worker: the workers have different {what}")
 
 
-def elbo(part, terms):
-    """Returns the ELBO and its terms, nats per image, by name."""
-    error, kl = map(float, terms)
-    return {f"{part}_elbo": -(error + kl), f"{part}_reconstruction": error, f"{part}_kl": kl}
-
-
-def train(strategy, state, digits, flags, folder):
-    """Trains until all epochs are done; after each, the chief writes checkpoint and log into the folder."""
-    train_epoch = compile_training(strategy, state, digits, flags)
-    n_weights = sum(math.prod(variable.shape) for variable in state.network.trainable_variables)
+def device_name():
+    """Returns what the network is trained on."""
     gpus = tf.config.list_logical_devices("GPU")
-    device = f"GPUs: {len(gpus)}" if gpus else f"CPU, {os.cpu_count()} threads"
-    if not gpus and Path("/dev/nvidia0").exists():
-        device += ' (for the GPU: pip install "tensorflow[and-cuda]")'
-    say(f"{device}; {n_weights:,} weights; {flags.num_epochs} epochs of {flags.optimizer}")
-    for epoch in range(len(state.history) + 1, flags.num_epochs + 1):
-        start, learn_rate = time.perf_counter(), float(state.optimizer.learning_rate)
-        row = {"epoch": epoch, **elbo("train", train_epoch(epoch))}
-        seconds = round(time.perf_counter() - start, 3)
-        row |= elbo("valid", evaluate(state.network, *digits.valid, flags))
-        row |= {"learn_rate": learn_rate, "seconds": seconds}
-        if not all(map(math.isfinite, row.values())):
-            raise UserError(f"the loss is NaN in epoch {epoch}: lower --learn_rate, or raise --keep_prob")
-        state.history.append(row)
-        if folder:
-            if flags.animate:
-                frame = plot_utils.frame(state, digits, flags)
-                state.frames = [*(old for old in state.frames if old.shape == frame.shape), frame]
-            save_checkpoint(state, folder)
-        text = "{train_elbo:.2f} = -({train_reconstruction:.2f} + {train_kl:.2f})  valid {valid_elbo:.2f}"
-        say(f"epoch {epoch}/{flags.num_epochs}  train {text.format(**row)}  {seconds:.1f} s")
+    if gpus:
+        return f"GPUs: {len(gpus)}"
+    hint = ' (for the GPU: pip install "tensorflow[and-cuda]")' if Path("/dev/nvidia0").exists() else ""
+    return f"CPU, {os.cpu_count()} threads{hint}"
 
 
-def log_px(network, x, x_corrupted, flags):
-    """Returns log p(x), (n,), in nats, of targets and inputs (n, 784), with --n_importance samples each."""
-    seed, batches = partial(tf.random.fold_in, [flags.seed, EVALUATION]), in_batches(20, x, x_corrupted)
-    say(f"estimating log p(x) of {len(x):,} digits with {flags.n_importance:,} importance samples each")
-    estimate = partial(network.log_marginal_likelihood, n_importance=flags.n_importance)
-    estimate = tf.function(estimate, jit_compile=True, autograph=False)
-    return np.concatenate([estimate(*images, seed=seed(i)) for i, images in enumerate(batches)])
+# --- The process --------------------------------------------------------------------------------------
 
 
-def measure(network, digits, latent, flags):
-    """Returns what is measured on the test digits, by name. latent: their mean and log_var, (n, dim_z)."""
-    x, x_corrupted = digits.test
-    metrics = elbo("test", evaluate(network, x, x_corrupted, flags))
-    restored = [network.reconstruct(images) for (images,) in in_batches(1_000, x_corrupted)]
-    pictures = {"noisy": x_corrupted, "restored": np.concatenate(restored)}
-    for name in pictures if flags.add_noise else ["restored"]:
-        metrics[f"psnr_{name}"] = -10 * math.log10(np.mean((pictures[name] - x) ** 2))
-    metrics |= network.test_metrics(x_corrupted, digits.test_labels)
-    if flags.n_importance:
-        metrics["test_log_px"] = float(np.mean(log_px(network, x, x_corrupted, flags), dtype=np.float64))
-        metrics |= {"n_importance": flags.n_importance, "active_units": int(vae.active_units(latent[0]))}
-        if flags.dim_z == 2 and network.log_marginal_likelihood_grid:
-            log_pxs = network.log_marginal_likelihood_grid(x, *latent)
-            metrics["test_log_px_grid"] = float(np.mean(log_pxs, dtype=np.float64))
-    return metrics
+def import_tensorflow(flags=None):
+    """Imports TensorFlow and the scripts that need it. In another program, its settings stay as they are."""
+    global keras, plot_utils, tf, vae
+    import keras
+    import tensorflow as tf
+
+    if keras.config.backend() != "tensorflow":
+        raise UserError(
+            f"Keras uses {keras.config.backend()}: set KERAS_BACKEND=tensorflow before importing it"
+        )
+    import plot_utils
+    import vae
 
 
-def generate(network, flags, folder):
-    """Writes new images (n, 28, 28) uint8 and their z (n, dim_z), draws from the prior."""
-    images = np.empty((flags.n_generate, 784), np.uint8)
-    z = np.empty((flags.n_generate, flags.dim_z), np.float32)
-    for i, (images_i, z_i) in enumerate(in_batches(10_000, images, z)):
-        seed = tf.random.fold_in([flags.seed, GENERATION], i)
-        z_i[:], logits = network.draw(len(z_i), seed)
-        draw = partial(network.likelihood.sample, seed=tf.random.fold_in(seed, 1))
-        images_i[:] = plot_utils.grey_levels((draw if flags.binarize else network.likelihood.mean)(logits))
-    with whole_file(folder / "generated.npz") as part:
-        np.savez(part, images=images.reshape(-1, 28, 28), z=z)
+def start_tensorflow(flags):
+    """The same in a process of our own, ignoring the user's configuration and start-up messages."""
+    os.environ |= {"KERAS_BACKEND": "tensorflow", "KERAS_HOME": os.devnull, "TF_USE_LEGACY_KERAS": "0"}
+    os.environ["MPLBACKEND"] = "agg"  # a notebook exports its own, which another Python may lack
+    os.environ["TF_DETERMINISTIC_OPS"] = "1"  # or a GPU would give other bits in every run
+    # Without autotuning, which that ends, Triton's matrix products take up to ten times as long as cuBLAS'.
+    os.environ["XLA_FLAGS"] = f"--xla_gpu_enable_triton_gemm=false {os.environ.get('XLA_FLAGS', '')}"
+    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")  # other programs may use a GPU, too
+    # When a worker is lost, TensorFlow logs many lines, then raises.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3" if flags.distribute == "multi_worker" else "2")
+    gc.disable()  # collecting garbage would take a quarter of the import time
+    with filtered_stderr():
+        import_tensorflow()
+        tf.config.list_physical_devices()
+    gc.freeze()  # or the end of the program would take a second to collect what was imported
+    gc.enable()
 
 
-def reconstruct(network, x, flags, folder):
-    """Writes what the network makes of one's own digits x: (n, 784): pictures, latent means, ELBO."""
-    images = network.reconstruct(x).numpy()
-    found = {"images": plot_utils.grey_levels(images).reshape(-1, 28, 28), "z": network.encode(x)}
-    found["elbo"] = -sum(network.elbo_terms(x, x, seed=[flags.seed, EVALUATION]))
-    if flags.n_importance:
-        found["log_px"] = log_px(network, x, x, flags)
-    with whole_file(folder / "reconstructed.npz") as part:
-        np.savez(part, **found)
-    write_whole(folder / "reconstructed.png", plot_utils.pairs(x, images, flags.PRR_resize_factor))
+# Start-up messages that no setting suppresses. That there is no GPU is not an error.
+STDERR_FILTER = r"""
+import re, sys
+for line in sys.stdin:
+    if not re.match(r"WARNING: All log messages before absl|[IW]\d{4} |E\d{4} .*cuInit", line):
+        print(line, end="")
+"""
 
 
-def write_results(state, digits, flags, folder):
-    """Writes the network, what it makes of the test digits, and how it was trained."""
-    write_log(folder, state.history)
-    pictures = plot_utils.draw(state, digits, flags)
-    for name in plot_utils.PICTURES.keys() - pictures.keys():  # of an earlier state
-        (folder / name).unlink(missing_ok=True)
-    for name, content in pictures.items():
-        write_whole(folder / name, content)
-    latent = [state.network.encoder(images) for (images,) in in_batches(1_000, digits.test[1])]
-    mean, log_var = np.concatenate(latent, axis=1)
-    with whole_file(folder / "latent.npz") as part:
-        np.savez(part, mean=mean, log_var=log_var, label=digits.test_labels)
-    metrics = measure(state.network, digits, (mean, log_var), flags)
-    say("\n".join(f"{name:20}{value:12,.5g}" for name, value in metrics.items()))
-    old = read_json(folder / "metrics.json")  # kept if they are of the same weights
-    metrics = (old if old.get("test_elbo") == metrics["test_elbo"] else {}) | metrics
-    write_whole(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-    if not flags.load:
-        with whole_file(folder / "vae.keras") as part:
-            state.network.save(part)
+@contextlib.contextmanager
+def filtered_stderr():
+    """Filters what this process, TensorFlow's C++ included, writes to stderr."""
+    stderr = os.dup(2)
+    command = [sys.executable, "-c", STDERR_FILTER]  # a process that outlives a crash of TensorFlow
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=stderr, start_new_session=True
+    ) as filter_process:
+        os.dup2(filter_process.stdin.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
 
 
-def run(flags):
-    """Does what the flags ask for: digits, network, training, numbers and pictures."""
-    own_images = mnist_data.read_digits(flags.reconstruct) if flags.reconstruct else None
-    # With --load, new images and one's own digits need no data.
-    without_data = flags.load and (flags.reconstruct or (flags.n_generate and not flags.n_importance))
-    data = None if without_data else load_data(flags)
-    say("loading TensorFlow")
-    load_tensorflow(flags)
-    with make_strategy(flags) as strategy:
-        digits = make_digits(data, flags) if data else None
-        with strategy.scope():
-            state = build(digits, flags)
-        if flags.load or flags.resume:
-            load_checkpoint(state, flags.load or flags.results_path)
-        own = [value for name, value in vars(flags).items() if WHOSE[name] == OWN or name == "resume"]
-        check_agreement(strategy, "flags, data or checkpoints", f"{own, data and data.sha256, state.history}")
-        folder = begin_run(flags, data) if is_chief(flags) else None
-        if not flags.load:
-            train(strategy, state, digits, flags, folder)
-        if not folder:
-            return
-        if data:
-            write_results(state, digits, flags, folder)
-        if flags.n_generate:
-            generate(state.network, flags, folder)
-        if flags.reconstruct:
-            reconstruct(state.network, own_images, flags, folder)
-        say(f"all results are in {folder}")
+def compiled(function, **options):
+    """tf.function, without its warning of retracing when a program calls main several times.
+
+    TensorFlow tells functions apart by their code, but every partial object is a separate one.
+    """
+    return tf.function(functools.partial(function), **options)
 
 
-def main(arguments=None):
-    """Runs the program; returns its exit status."""
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        getattr(stream, "reconfigure", dict)(errors="backslashreplace")  # names that it cannot encode
+def main(arguments=None, load_tensorflow=import_tensorflow):
+    """Runs the program; returns its exit status. From Python: main(["--dim_z", "2"])."""
     try:
         flags = parse_flags(arguments)
         with contextlib.redirect_stdout(sys.stdout if is_chief(flags) else None):  # print to None is silent
-            run(flags)
+            run(flags, load_tensorflow)
     except KeyboardInterrupt:
-        say("interrupted: a run with a finished epoch goes on with --resume")
+        log("interrupted: a training run with a finished epoch continues with --resume")
         return 130
     except (UserError, OSError, MemoryError, ImportError) as error:
-        print(f"run_main.py: error: {reason(error)}", file=sys.stderr)
+        print(f"run_main.py: error: {error_message(error)}", file=sys.stderr)
         return 2
     return 0
 
 
 if __name__ == "__main__":
-    os.environ["MPLBACKEND"] = "agg"  # a notebook exports its own, which another Python may lack
-    sys.exit(main())
+    if (
+        sys.stderr is None
+    ):  # closed: or else TensorFlow's messages would go into whatever file takes its place
+        sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if stream:  # it may not be able to encode the name of a file
+            stream.reconfigure(errors="backslashreplace")
+    sys.exit(main(load_tensorflow=start_tensorflow))

@@ -16,7 +16,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 
@@ -32,28 +31,42 @@ PEERS = {"jax": ("jax", "optax"), "torch": ("torch",), "keras": ("keras",)}
 GOALS = {"jax": 0.85, "torch": 0.5, "keras": 0.8}
 
 BATCH_SIZE = 128
+# A product of (m, k) by (k, n) matrices is m x k x n. The first is large enough to run at peak speed; the
+# others are a training step's.
+PRODUCT_SHAPES = [(2048, 2048, 2048), (128, 784, 500), (128, 500, 500), (128, 500, 784), (784, 128, 500)]
 # The example's recipe after 20 epochs of 60,000 images, by dim_z: its ELBO on the test digits.
 RECIPE_ELBO = {2: -145.3, 20: -104.7}
 
 
 def ours(images, n_epochs, report, **setting):
     """Our own training code on images (n, 784) uint8; reports the loss of every epoch, nats per image."""
-    setting["num_epochs"] = n_epochs
+    run_main.import_tensorflow()
     flags = run_main.parse_flags([f"--{name}={value}" for name, value in setting.items()])
-    strategy, digits = run_main.tf.distribute.get_strategy(), SimpleNamespace(train_images=images)
-    digits.train_labels = np.zeros(len(images), np.int32)
-    train_epoch = run_main.compile_training(strategy, run_main.build(digits, flags), digits, flags)
-    for epoch in range(1, n_epochs + 1):
-        report(sum(train_epoch(epoch)))
+    flags.num_epochs = n_epochs
+    labels = np.zeros(len(images), np.int32)
+    # The programs are not compared by their validation: a single digit takes a few milliseconds per epoch.
+    one_digit = run_main.make_batch(images[:1], labels[:1], flags, seed=(0, 0))
+    digits = run_main.Digits(images, labels, valid=one_digit, test=one_digit)
+    state = run_main.TrainingState(run_main.build_network(digits, flags))
+    for row in run_main.train(state, digits, flags, run_main.tf.distribute.get_strategy()):
+        report(-row["train_elbo"])
+
+
+def is_installed(module):
+    """Returns whether a module could be imported."""
+    return importlib.util.find_spec(module) is not None
 
 
 def installed_peers():
-    return [name for name, modules in PEERS.items() if all(map(importlib.util.find_spec, modules))]
+    """Returns the names of the peers that can be run."""
+    return [peer for peer, modules in PEERS.items() if all(is_installed(module) for module in modules)]
 
 
 def program(name):
     """Returns the function that trains in one of the programs."""
-    return ours if name == "ours" else importlib.import_module(f"peers.{name}_vae").train
+    if name == "ours":
+        return ours
+    return importlib.import_module(f"peers.{name}_vae").train
 
 
 def peak_memory():
@@ -65,20 +78,23 @@ def peak_memory():
 def work(name, n_epochs, augmented, setting):
     """What a process of one program does: prints its seconds per epoch, without the first, and its memory."""
     if name == "ours":
-        run_main.load_tensorflow(run_main.parse_flags([]))
+        run_main.start_tensorflow(run_main.parse_flags([]))
     before = peak_memory()
     images = mnist_data.load_mnist(ROOT / "data").train_images
     start = time.perf_counter()
-    images = mnist_data.augment(images, 0) if augmented else images
+    if augmented:
+        images = mnist_data.augment(images, 0)
     copying = time.perf_counter() - start
-    losses, times = [], []
+    losses = []
+    times = []
 
     def report(loss):
         losses.append(loss)
         times.append(time.perf_counter())
 
     program(name)(images, 1 + n_epochs, report, **setting)  # the first epoch compiles
-    assert np.isfinite(losses).all() and losses[-1] < losses[0], f"{name} does not learn: {losses}"
+    assert np.isfinite(losses).all(), f"{name}: {losses}"
+    assert losses[-1] < losses[0], f"{name} does not learn: {losses}"
     batch_size = setting.get("batch_size", BATCH_SIZE)
     result = {
         "seconds": np.diff(times).tolist(),
@@ -109,15 +125,17 @@ def multiply_adds(dim_z, n_hidden=500):
 def product_peak(m, k, n):
     """Returns the GFLOP/s of a float32 product of (m, k) by (k, n): the best of many by NumPy and XLA."""
     rng = np.random.default_rng(0)
-    a, b = rng.random((m, k), np.float32), rng.random((k, n), np.float32)
-    a_and_b = [run_main.tf.constant(matrix) for matrix in (a, b)]
-    compiled = run_main.tf.function(run_main.tf.matmul, jit_compile=True)
-    compiled(*a_and_b)
+    a = rng.random((m, k), np.float32)
+    b = rng.random((k, n), np.float32)
+    tf = run_main.tf
+    compiled_product = tf.function(tf.matmul, jit_compile=True)
+    programs = [(np.matmul, a, b), (compiled_product, tf.constant(a), tf.constant(b))]
+    compiled_product(tf.constant(a), tf.constant(b))
     times = []
     for _ in range(max(20, int(2e10 / (m * k * n)))):
-        for product in (lambda: a @ b, lambda: compiled(*a_and_b)):
+        for product, left, right in programs:
             start = time.perf_counter()
-            product()
+            product(left, right)
             times.append(time.perf_counter() - start)
     return 2 * m * k * n / min(times) / 1e9
 
@@ -125,18 +143,21 @@ def product_peak(m, k, n):
 def step_products(dim_z=2, n_hidden=500):
     """Returns the seconds that a step's matrix products take alone, as XLA compiles them."""
     tf = run_main.tf
-    sizes = [(784, n_hidden), (n_hidden, n_hidden), (n_hidden, 2 * dim_z)]
-    sizes += [(dim_z, n_hidden), (n_hidden, n_hidden), (n_hidden, 784)]
-    layers = [
-        [tf.random.stateless_normal(shape, (0, i)) for shape in ((BATCH_SIZE, n), (n, m), (BATCH_SIZE, m))]
-        for i, (n, m) in enumerate(sizes)
-    ]
+    encoder = [(784, n_hidden), (n_hidden, n_hidden), (n_hidden, 2 * dim_z)]
+    decoder = [(dim_z, n_hidden), (n_hidden, n_hidden), (n_hidden, 784)]
+    layers = []
+    for n_in, n_out in encoder + decoder:
+        x = tf.random.stateless_normal((BATCH_SIZE, n_in), (0, 0))
+        weights = tf.random.stateless_normal((n_in, n_out), (0, 1))
+        gradient = tf.random.stateless_normal((BATCH_SIZE, n_out), (0, 2))
+        layers.append((x, weights, gradient))
 
     @tf.function(jit_compile=True)
     def products():
-        forwards = [x @ weights for x, weights, _ in layers]
-        backwards = [tf.matmul(gradient, weights, transpose_b=True) for _, weights, gradient in layers[1:]]
-        return forwards, backwards, [tf.matmul(x, gradient, transpose_a=True) for x, _, gradient in layers]
+        outputs = [tf.matmul(x, weights) for x, weights, _ in layers]
+        x_gradients = [tf.matmul(gradient, weights, transpose_b=True) for _, weights, gradient in layers[1:]]
+        weight_gradients = [tf.matmul(x, gradient, transpose_a=True) for x, _, gradient in layers]
+        return outputs, x_gradients, weight_gradients
 
     products()
     times = []
@@ -148,45 +169,68 @@ def step_products(dim_z=2, n_hidden=500):
 
 
 def spread(numbers):
+    """Returns the median and the range of numbers, as text."""
     return f"{np.median(numbers):.2f} ({min(numbers):.2f} to {max(numbers):.2f})"
+
+
+def print_peaks():
+    """Prints the speed of matrix products; returns that of the largest, GFLOP/s."""
+    peaks = [product_peak(*shape) for shape in PRODUCT_SHAPES]
+    for shape, peak in zip(PRODUCT_SHAPES, peaks, strict=True):
+        print(f"float32 product of {' x '.join(map(str, shape))}: {peak:.0f} GFLOP/s")
+    return peaks[0]
+
+
+def time_programs(programs, optimizer, n_rounds, n_epochs):
+    """Returns the seconds of all epochs, {program: (n_rounds, n_epochs)}; each round starts with another."""
+    rounds = {name: [] for name in programs}
+    for n in range(n_rounds):
+        first = n % len(programs)
+        for name in programs[first:] + programs[:first]:
+            result = measure(name, n_epochs, optimizer=optimizer, dim_z=2)
+            rounds[name].append(result["seconds"])
+    return rounds
 
 
 def compare(programs, n_rounds, n_epochs):
     """Times all programs in turn, for both optimizers, and prints the table."""
-    run_main.load_tensorflow(run_main.parse_flags([]))
-    shapes = [(2048, 2048, 2048), (128, 784, 500), (128, 500, 500), (128, 500, 784), (784, 128, 500)]
-    peaks = [product_peak(*shape) for shape in shapes]
-    for shape, peak in zip(shapes, peaks, strict=True):
-        print(f"float32 product of {' x '.join(map(str, shape))}: {peak:.0f} GFLOP/s")
+    run_main.start_tensorflow(run_main.parse_flags([]))
+    peak = print_peaks()
     operations = multiply_adds(dim_z=2)
+    n_steps = mnist_data.N_TRAIN // BATCH_SIZE
     print(f"a step at dim_z 2 takes {operations / 1e6:.2f} million multiply-adds per image\n")
     print("optimizer program  seconds per epoch, median (range)  images/s  of peak  ours / this, by round")
     for optimizer in ("sgd", "adam"):
-        rounds = {name: [] for name in programs}
-        for n in range(n_rounds):
-            for name in programs[n % len(programs) :] + programs[: n % len(programs)]:
-                rounds[name].append(measure(name, n_epochs, optimizer=optimizer, dim_z=2)["seconds"])
-        own = np.median(rounds["ours"], axis=1)
+        rounds = time_programs(programs, optimizer, n_rounds, n_epochs)
+        our_medians = np.median(rounds["ours"], axis=1)
         if optimizer == "sgd":
-            share = np.median(own) / (mnist_data.N_TRAIN // BATCH_SIZE) / step_products()
-            print(f"a step takes {share:.2f} of the time of its products, as XLA compiles them")
-        for name in programs:
-            rate = mnist_data.N_TRAIN // BATCH_SIZE * BATCH_SIZE / np.median(rounds[name])
-            pairs = spread(own / np.median(rounds[name], axis=1))
+            ratio = np.median(our_medians) / n_steps / step_products()
+            print(f"a step takes {ratio:.2f} of the time of its products, as XLA compiles them")
+        for name, seconds in rounds.items():
+            images_per_second = n_steps * BATCH_SIZE / np.median(seconds)
+            share_of_peak = 2 * operations * images_per_second / 1e9 / peak
+            times = f"{optimizer:9} {name:7}  {spread(np.ravel(seconds)):32}"
+            speed = f"{images_per_second:9,.0f} {share_of_peak:8.0%}"
+            ratios = spread(our_medians / np.median(seconds, axis=1))
             goal = f", goal {GOALS[name]}" if name in GOALS else ""
-            share = 2 * operations * rate / peaks[0] / 1e9
-            seconds = f"{optimizer:9} {name:7}  {spread(np.concatenate(rounds[name])):32}"
-            print(f"{seconds} {rate:9,.0f} {share:8.0%}  {pairs}{goal}", flush=True)
+            print(f"{times} {speed}  {ratios}{goal}", flush=True)
 
 
-def whole(*command):
-    """Runs a Python program; returns its seconds from start to end and the most megabytes that it had."""
-    # Started by a small program: a child's peak begins with what its parent had.
-    code = "import json, resource, subprocess, sys, time; start = time.perf_counter(); "
-    code += "subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL); "
-    code += "peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024; "
-    code += "print(json.dumps([time.perf_counter() - start, peak]))"
-    command = [sys.executable, "-c", code, sys.executable, *map(str, command)]
+# A program that runs another: a child's peak memory begins with its parent's, which has to be small.
+RUN_AND_MEASURE = """
+import json, resource, subprocess, sys, time
+
+start = time.perf_counter()
+subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL)
+seconds = time.perf_counter() - start
+megabytes = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+print(json.dumps([seconds, megabytes]))
+"""
+
+
+def run_and_measure(*arguments):
+    """Runs Python with arguments; returns its seconds from start to end and its peak memory in megabytes."""
+    command = [sys.executable, "-c", RUN_AND_MEASURE, sys.executable, *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "text": True, "env": conftest.environment()}
     return json.loads(subprocess.run(command, check=True, **pipes).stdout)
 
@@ -194,24 +238,23 @@ def whole(*command):
 def whole_commands(n_rounds):
     """Compares whole commands, from start to end, with `import tensorflow` and epochs of the same minutes."""
     print("\nwhole commands of the default flags, ratio by round")
-    rounds = {
-        "20 epochs: seconds, to those of the import and of 21 median epochs": [],
-        "--load RUN --n_generate 1000: seconds, to those of the import": [],
-        "20 epochs: peak memory, to that of the import": [],
-    }
+    training_ratios = []
+    generating_ratios = []
+    memory_ratios = []
+    program = (ROOT / "run_main.py", f"--data_dir={ROOT / 'data'}")
     for _ in range(n_rounds):
         with tempfile.TemporaryDirectory() as folder:
             run = Path(folder) / "run"
-            program = (ROOT / "run_main.py", f"--data_dir={ROOT / 'data'}")
-            idle, idle_memory = whole("-c", "import tensorflow")
-            total, memory = whole(*program, f"--results_path={run}")
-            new, _ = whole(*program, f"--load={run}", "--n_generate=1000")
-            seconds = np.median([row["seconds"] for row in conftest.read_log(run)])
-        ratios = total / (idle + 21 * seconds), new / idle, memory / idle_memory
-        for found, ratio in zip(rounds.values(), ratios, strict=True):
-            found.append(ratio)
-    for name, found in rounds.items():
-        print(f"{name}  {spread(found)}", flush=True)
+            import_seconds, import_megabytes = run_and_measure("-c", "import tensorflow")
+            seconds, megabytes = run_and_measure(*program, f"--results_path={run}")
+            generating_seconds, _ = run_and_measure(*program, f"--load={run}", "--n_generate=1000")
+            epoch_seconds = np.median([row["seconds"] for row in conftest.read_log(run)])
+        training_ratios.append(seconds / (import_seconds + 21 * epoch_seconds))
+        generating_ratios.append(generating_seconds / import_seconds)
+        memory_ratios.append(megabytes / import_megabytes)
+    print(f"20 epochs: seconds, to those of the import and of 21 median epochs  {spread(training_ratios)}")
+    print(f"--load RUN --n_generate 1000: seconds, to those of the import  {spread(generating_ratios)}")
+    print(f"20 epochs: peak memory, to that of the import  {spread(memory_ratios)}", flush=True)
 
 
 def time_to_result(dim_z, folder):
@@ -229,6 +272,14 @@ def time_to_result(dim_z, folder):
     return conftest.read_log(folder), first_line, total
 
 
+def epochs_to_reach(elbo, log):
+    """Returns after how many epochs the validation ELBO exceeds a number, None if it never does."""
+    for n_epochs, row in enumerate(log, 1):
+        if row["valid_elbo"] > elbo:
+            return n_epochs
+    return None
+
+
 def time_to_quality(n_rounds, with_jax):
     """Says when our default run is as good as the example's recipe after 20 epochs, and what that took."""
     for dim_z, elbo in RECIPE_ELBO.items():
@@ -240,12 +291,12 @@ def time_to_quality(n_rounds, with_jax):
             training = sum(row["seconds"] for row in log)
             print(f"  first line after {first_line:.2f} s, end after {total:.1f} s: ", end="")
             print(f"{total / training:.2f} of the {training:.1f} s of its epochs")
-            epochs = next((n for n, row in enumerate(log, 1) if row["valid_elbo"] > elbo), None)
-            if epochs is None:
+            n_epochs = epochs_to_reach(elbo, log)
+            if n_epochs is None:
                 print(f"  validation ELBO never above {elbo}")
                 continue
-            seconds = sum(row["seconds"] for row in log[:epochs])
-            print(f"  validation ELBO above {elbo} after {epochs} epochs, {seconds:.1f} s", flush=True)
+            seconds = sum(row["seconds"] for row in log[:n_epochs])
+            print(f"  validation ELBO above {elbo} after {n_epochs} epochs, {seconds:.1f} s", flush=True)
             if with_jax:
                 recipe = 20 * np.median(measure("jax", 3, optimizer="adam", dim_z=dim_z)["seconds"])
                 ratios.append(seconds / recipe)
@@ -254,33 +305,49 @@ def time_to_quality(n_rounds, with_jax):
             print(f"  median {np.median(ratios):.2f}")
 
 
-def switches(n_rounds, n_epochs):
+# The flags that change the data of a step or the number of steps, as settings of `measure`.
+DATA_SETTINGS = {
+    "default": {},
+    "add_noise": {"add_noise": True},
+    "binarize": {"binarize": True},
+    "augment": {"augmented": True},
+}
+
+
+def data_flags(n_rounds, n_epochs):
     """Says what noise, binarized pixels and copies of the digits cost, measured in turn."""
     print("\nsgd, dim_z 2  seconds per image, ratio to those of the default, by round")
-    settings = {"default": {}, "add_noise": {"add_noise": True}, "binarize": {"binarize": True}}
-    settings["augment"] = {"augmented": True}
-    rounds, copying = {name: [] for name in settings}, []
-    for name in [*settings] * n_rounds:
-        result = measure("ours", n_epochs, optimizer="sgd", dim_z=2, **settings[name])
-        rounds[name].append(np.median(result["seconds"]) / result["n_images"])
-        copying += [result["copying"]] if name == "augment" else []
-    for name in [*rounds][1:]:
-        print(f"{name:12}  {spread(np.divide(rounds[name], rounds['default']))}", flush=True)
+    rounds = {name: [] for name in DATA_SETTINGS}
+    copying = []
+    for _ in range(n_rounds):
+        for name, setting in DATA_SETTINGS.items():
+            result = measure("ours", n_epochs, optimizer="sgd", dim_z=2, **setting)
+            rounds[name].append(np.median(result["seconds"]) / result["n_images"])
+            if name == "augment":
+                copying.append(result["copying"])
+    for name, seconds in rounds.items():
+        if name != "default":
+            print(f"{name:12}  {spread(np.divide(seconds, rounds['default']))}", flush=True)
     print(f"making the copies of --augment: {spread(copying)} s")
+
+
+SIZES = {
+    "n_hidden": (250, 500, 1000, 2000),
+    "batch_size": (64, 128, 512, 2048),
+    "augmented": (False, True),
+}
 
 
 def growth():
     """Says how our seconds per epoch and memory grow with the network, the mini-batch and the images."""
     print("\nsgd, dim_z 2       seconds per epoch  images/s  megabytes above the imports")
-    settings = [{"n_hidden": n} for n in (250, 500, 1000, 2000)]
-    settings += [{"batch_size": n} for n in (64, 128, 512, 2048)]
-    settings += [{"augmented": augmented} for augmented in (False, True)]
-    for setting in settings:
-        result = measure("ours", 2, optimizer="sgd", dim_z=2, **setting)
-        ((name, value),) = setting.items()
-        seconds = np.median(result["seconds"])
-        rate = result["n_images"] / seconds
-        print(f"{name:10} {value!s:>7} {seconds:18.2f} {rate:9,.0f} {result['megabytes']:10.0f}", flush=True)
+    for name, values in SIZES.items():
+        for value in values:
+            result = measure("ours", 2, optimizer="sgd", dim_z=2, **{name: value})
+            seconds = np.median(result["seconds"])
+            images_per_second = result["n_images"] / seconds
+            columns = f"{seconds:18.2f} {images_per_second:9,.0f} {result['megabytes']:10.0f}"
+            print(f"{name:10} {value!s:>7} {columns}", flush=True)
 
 
 def main():
@@ -299,7 +366,7 @@ def main():
     compare(programs, arguments.rounds, arguments.epochs)
     time_to_quality(min(3, arguments.rounds), "jax" in programs)
     whole_commands(min(3, arguments.rounds))
-    switches(arguments.rounds, arguments.epochs)
+    data_flags(arguments.rounds, arguments.epochs)
     growth()
 
 

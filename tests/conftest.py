@@ -1,17 +1,51 @@
 import csv
+import dataclasses
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
 SMALL = ("--n_hidden=32", "--batch_size=500")  # a network whose epochs take a fraction of a second
 
+# `python -m pytest` without arguments runs these files in a second process: most of the time goes into
+# compiling, which uses one core.
+SECOND_PROCESS = ("test_distribute.py", "test_edits.py", "test_machine.py")
+second_process = pytest.StashKey[subprocess.Popen]()
+output = pytest.StashKey[TextIO]()
+
+
+def pytest_collection_modifyitems(config, items):
+    """Starts the second process, and leaves its tests to it."""
+    if config.invocation_params.args:
+        return
+    others = [item for item in items if item.path.name in SECOND_PROCESS]
+    items[:] = [item for item in items if item.path.name not in SECOND_PROCESS]
+    config.hook.pytest_deselected(items=others)
+    files = [ROOT / "tests" / name for name in SECOND_PROCESS]
+    command = [sys.executable, "-m", "pytest", "-q", *files]
+    config.stash[output] = tempfile.TemporaryFile("w+")  # noqa: SIM115
+    process = subprocess.Popen(command, cwd=ROOT, stdout=config.stash[output], stderr=subprocess.STDOUT)
+    config.stash[second_process] = process
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session):
+    """Waits for the second process; its failures are the session's."""
+    stash = session.config.stash
+    if second_process in stash:
+        status = stash[second_process].wait()
+        stash[output].seek(0)
+        print(f"\n{stash[output].read()}")
+        session.exitstatus = session.exitstatus or status
+
 
 def environment():
-    """The environment variables, without one that run_main sets here, and that would hide messages there."""
+    """Returns the environment variables, without one that would hide messages of TensorFlow."""
     return {name: value for name, value in os.environ.items() if name != "TF_CPP_MIN_LOG_LEVEL"}
 
 
@@ -27,15 +61,22 @@ def files(folder):
 
 
 def one_line(err):
-    """Returns what is in stderr, which has to be one error of the program."""
+    """Returns the content of stderr, which must be a single error message of the program."""
     assert err.startswith("run_main.py: error: ")
     assert err.count("\n") == 1
     return err
 
 
+def assert_mentions(text, words):
+    """Asserts that a text has each of the words, a list or a string with spaces between them."""
+    words = words.split() if isinstance(words, str) else words
+    missing = [word for word in words if word not in text]
+    assert not missing, f"{missing} not in {text!r}"
+
+
 @pytest.fixture(scope="session")
 def data_dir():
-    """The folder of the real MNIST, which comes by itself as it does for a user."""
+    """The folder of the real MNIST, which is downloaded if needed, as for a user."""
     import mnist_data
 
     mnist_data.load_mnist(ROOT / "data")
@@ -52,10 +93,12 @@ def mnist(data_dir):
 @pytest.fixture(scope="session")
 def few_digits(mnist):
     """The real MNIST, cut to 2,000 training digits and 1,000 of the others each."""
-    sizes = {"train_images": 2_000, "valid_images": 1_000, "test_images": 1_000}
-    sizes |= {"train_labels": 2_000, "test_labels": 1_000}
-    cut = {name: getattr(mnist, name)[:n] for name, n in sizes.items()}
-    return type(mnist)(**cut, sha256=mnist.sha256)
+    sizes = {"train": 2_000, "valid": 1_000, "test": 1_000}
+    cut = {}
+    for part, n in sizes.items():
+        for kind in ("images", "labels"):
+            cut[f"{part}_{kind}"] = getattr(mnist, f"{part}_{kind}")[:n]
+    return dataclasses.replace(mnist, **cut)
 
 
 @pytest.fixture(scope="module")
@@ -63,13 +106,13 @@ def small_mnist(few_digits, data_dir):
     """Makes `run_main.main` in this process train on few_digits, which `data_dir` then seems to hold."""
     import mnist_data
 
-    real = mnist_data.load_mnist
+    load_mnist = mnist_data.load_mnist
+
+    def load_few_digits(folder):
+        return few_digits if Path(folder) == data_dir else load_mnist(folder)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            mnist_data,
-            "load_mnist",
-            lambda folder: few_digits if Path(folder) == data_dir else real(folder),
-        )
+        patch.setattr(mnist_data, "load_mnist", load_few_digits)
         yield few_digits
 
 
@@ -79,8 +122,9 @@ def run(small_mnist, data_dir):
     import run_main
 
     def run(*flags):
-        goes_on = any(str(flag).startswith(("--resume", "--load")) for flag in flags)
-        return run_main.main([*flags] if goes_on else [f"--data_dir={data_dir}", *SMALL, *flags])
+        reuses_flags = any(str(flag).startswith(("--resume", "--load")) for flag in flags)
+        own = [] if reuses_flags else [f"--data_dir={data_dir}", *SMALL]
+        return run_main.main([*own, *flags])
 
     return run
 
@@ -89,7 +133,7 @@ def run(small_mnist, data_dir):
 def program(tmp_path):
     """A function that starts the real program, or another script, with flags, in an empty folder.
 
-    None outlives its test.
+    Its processes are killed at the end of the test.
     """
     started = []
 

@@ -43,7 +43,7 @@ def arrays_of(path):
 
 
 def what_is_left(folder):
-    """Returns all that a run left, {name: content}, but no times and paths."""
+    """Returns all that a run left, {name: content}, without times and paths."""
     left = {}
     for path in folder.rglob("*"):
         name = str(path.relative_to(folder))
@@ -67,7 +67,7 @@ def what_is_left(folder):
 
 
 def differences(one, other):
-    """Returns the names of what two runs left that are not the same."""
+    """Returns the names of what differs in `what_is_left` of two runs."""
     return sorted(name for name in one | other if one.get(name) != other.get(name))
 
 
@@ -95,11 +95,11 @@ def kill(run, rng):
 
 
 def train(folder, flags, n_kills=0, rng=None):
-    """Trains in a folder, killed at most n_kills times and resumed after each; returns how often it was."""
+    """Trains in a folder, kills and resumes the run up to n_kills times; returns the number of kills."""
     kills = 0
     while True:
-        begun = (folder / "config.json").exists()
-        with start(f"--results_path={folder}", *(("--resume",) if begun else flags)) as run:
+        has_config = (folder / "config.json").exists()
+        with start(f"--results_path={folder}", *(["--resume"] if has_config else flags)) as run:
             if kills < n_kills and kill(run, rng):
                 kills += 1
                 continue
@@ -110,10 +110,10 @@ def train(folder, flags, n_kills=0, rng=None):
 
 
 def try_kills(folder, undisturbed, flags, n_kills, rng):
-    """Spreads n_kills over runs in new folders; yields, for each, how many it had and what they changed."""
+    """Spreads n_kills over runs in new folders; yields the number of kills of each and what they changed."""
     expected = what_is_left(undisturbed)
     while n_kills:
-        killed = folder / f"{n_kills}_kills_to_do"
+        killed = folder / f"{n_kills}_kills_left"
         kills = train(killed, flags, n_kills, rng)
         n_kills -= kills
         yield kills, differences(expected, what_is_left(killed))
@@ -134,7 +134,8 @@ def starts(path):
 
 def damaged(path, n_flips, rng):
     """Yields (kind of damage, content after it) of a checkpoint. Half of the flips are in its headers."""
-    content, headers = path.read_bytes(), np.ones(path.stat().st_size, bool)
+    content = path.read_bytes()
+    headers = np.ones(len(content), bool)
     yield "truncated", content[: len(content) // 2]
     yield "truncated", content[:-1]
     yield "empty", b""
@@ -152,21 +153,22 @@ def damaged(path, n_flips, rng):
 
 
 def make_load(folder):
-    """Returns a function that loads a run's state: it returns all values in it, and what it said."""
+    """Returns a function that restores a run's state; it returns all values in it, and what was printed."""
     flags = run_main.parse_flags(["--resume", f"--results_path={folder}"])
-    digits = run_main.make_digits(mnist_data.load_mnist(flags.data_dir), flags)
-    state = run_main.build(digits, flags)
-    variables = [*state.network.weights, *state.optimizer.variables]
+    run_main.import_tensorflow()
+    digits = run_main.prepare_digits(mnist_data.load_mnist(flags.data_dir), flags)
+    network = run_main.build_network(digits, flags)
+    variables = run_main.state_variables(network)
 
     def load():
         for variable in variables:
-            variable.assign(run_main.tf.zeros_like(variable))
-        state.history, state.frames = [], []
-        with contextlib.redirect_stdout(io.StringIO()) as said:
-            run_main.load_checkpoint(state, folder)
+            variable.assign(np.zeros_like(variable))
+        state = run_main.TrainingState(network)
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            run_main.restore_state(state, folder)
         arrays = [variable.numpy() for variable in variables] + state.frames
         values = [(array.dtype, array.shape, array.tobytes()) for array in arrays]
-        return [state.history, values], said.getvalue()
+        return [state.history, values], printed.getvalue()
 
     return load
 
@@ -174,19 +176,21 @@ def make_load(folder):
 def try_damage(folder, n_flips, rng):
     """Damages the newest of a run's two checkpoints in many ways, and loads it.
 
-    Returns {outcome: number of times} and the problems: what was read as other values, and errors that
-    are not for the user.
+    Returns {outcome: number of times} and the problems: what was read as other values, and errors other than
+    UserErrors.
     """
-    load, aside = make_load(folder), folder / "aside"
-    newest = max(run_main.checkpoints(folder).items())[1]
+    load = make_load(folder)
+    aside = folder / "aside"
+    newest = max(run_main.checkpoint_files(folder).items())[1]
     expected, _ = load()
     newest.rename(aside)
     before, _ = load()
-    outcomes, problems = Counter(), []
+    outcomes = Counter()
+    problems = []
     for kind, bad in damaged(aside, n_flips, rng):
         newest.write_bytes(bad)
         try:
-            found, said = load()
+            found, printed = load()
         except run_main.UserError:
             outcomes["refused"] += 1
         except Exception as error:
@@ -194,7 +198,7 @@ def try_damage(folder, n_flips, rng):
         else:
             if found == expected and "flipped" in kind:
                 outcomes["read as they were"] += 1
-            elif found == before and f"{newest.name} is damaged" in said:
+            elif found == before and f"{newest.name} is damaged" in printed:
                 outcomes["passed over for the older one"] += 1
             else:
                 problems.append(f"{kind}: read as something else")
@@ -208,7 +212,8 @@ def main():
     parser.add_argument("--flips", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0, help="of the moments and the bits")
     arguments = parser.parse_args()
-    rng, problems = random.Random(arguments.seed), []
+    rng = random.Random(arguments.seed)
+    problems = []
     mnist_data.load_mnist(ROOT / "data")
     with tempfile.TemporaryDirectory() as folder:
         flags = (*FLAGS, f"--data_dir={ROOT / 'data'}", "--num_epochs=12")

