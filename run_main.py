@@ -11,7 +11,7 @@ import dataclasses
 import enum
 import functools
 import gc
-import importlib
+import importlib.util
 import io
 import itertools
 import json
@@ -21,15 +21,22 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH leaves it out
+    packages = ["numpy", "scipy", "matplotlib", "tensorflow", "keras"]
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        command = f"pip install -r {Path(__file__).with_name('requirements.txt')}"
+        print(f"run_main.py: error: install {', '.join(missing)}: {command}", file=sys.stderr)
+        sys.exit(2)
+
+import numpy as np
 
 import mnist_data
 from mnist_data import UserError, atomic_write, error_message, write_atomically
@@ -413,21 +420,33 @@ def generate(network, flags, folder):
         np.savez(part, images=images.reshape(-1, side, side), z=z)
 
 
-def reconstruct(network, x, flags, folder):
-    """Writes reconstructions, latent means and ELBO of the user's own digits x: (n, n_pixels)."""
+def reconstruct(network, user_digits, flags, folder):
+    """Writes reconstructions, latent means and ELBO of the user's own digits, and their files' names.
+
+    user_digits: what mnist_data.read_digits returns.
+    """
+    x, file_names = user_digits
     if x.shape[1] != network.n_pixels:
         raise UserError(f"--reconstruct: the digits have {x.shape[1]} pixels, the network {network.n_pixels}")
-    images = network.reconstruct(x).numpy()
     batch = vae.Batch(x, x)
-    terms = evaluate_images(network, batch, flags)
+    parts = list(split(batch, 1_000))
+    images = [plot_utils.grey_levels(network.reconstruct(part.inputs)) for part in parts]
     side = math.isqrt(network.n_pixels)
-    arrays = {"images": plot_utils.grey_levels(images).reshape(-1, side, side), "z": network.encode(x)}
-    arrays["elbo"] = -(terms["reconstruction"] + terms["kl"])
+    terms = evaluate_images(network, batch, flags)
+    arrays = {
+        "images": np.concatenate(images).reshape(-1, side, side),
+        "file": file_names,
+        "z": np.concatenate([network.encode(part.inputs) for part in parts]),
+        "elbo": -(terms["reconstruction"] + terms["kl"]),
+    }
     if flags.n_importance:
         arrays["log_px"] = log_px(network, batch, flags)
-    with atomic_write(folder / "reconstructed.npz") as part:
-        np.savez(part, **arrays)
-    picture = plot_utils.reconstruction_pairs(x, images, flags.PRR_resize_factor)
+    with atomic_write(folder / "reconstructed.npz") as part, zipfile.ZipFile(part, "w") as archive:
+        for name, array in arrays.items():  # np.savez saves no array that is called "file"
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, np.asarray(array))
+    restored = network.reconstruct(x[:100]).numpy()
+    picture = plot_utils.reconstruction_pairs(x[:100], restored, flags.PRR_resize_factor)
     write_atomically(folder / "reconstructed.png", picture)
 
 
@@ -583,7 +602,9 @@ class Flags:
     load: Path = flag(None, local_path, "load this run's network instead of training", Reuse.PER_COMMAND)
     n_importance: int = flag(None, integer(1), "samples of z per digit for log p(x)", Reuse.RESUME_DEFAULT)
     n_generate: int = flag(None, integer(1, 1_000_000), "new images for generated.npz", Reuse.PER_COMMAND)
-    reconstruct: list = flag(None, local_path, "files with your own digits", Reuse.PER_COMMAND, nargs="+")
+    reconstruct: list = flag(
+        None, local_path, "your own digits: files, folders", Reuse.PER_COMMAND, nargs="+"
+    )
 
     @property
     def draws_manifold(self):
@@ -620,7 +641,7 @@ def make_parser():
             help_text += f" (default: {row.default})"
         options = {"type": row.metadata["parse"], "default": row.default, "help": help_text}
         if row.metadata["nargs"]:
-            options |= {"nargs": row.metadata["nargs"], "metavar": "FILE"}
+            options |= {"nargs": row.metadata["nargs"], "metavar": "FILE", "action": "extend"}
         if options["type"] is boolean:
             options |= {"nargs": "?", "const": True, "metavar": "True|False"}
         group.add_argument(f"--{row.name}", **options)
@@ -765,10 +786,15 @@ def needs_data(flags):
 
 def load_data(flags):
     """Returns the data; UserError if they are not those of the resumed or loaded run, or too few."""
-    data = mnist_data.load_mnist(flags.data_dir)
     run_folder = flags.load or (flags.results_path if flags.resume else None)
+    recorded = read_json(run_folder / "config.json") if run_folder else {}
+    missing = mnist_data.missing_files(flags.data_dir)
+    if missing and recorded and recorded.get("data_sha256") != mnist_data.SHA256:
+        needed = f"the data in {recorded['flags'].get('data_dir')}, which are not MNIST"
+        found = f"--data_dir {flags.data_dir} lacks {', '.join(missing)}"
+        raise UserError(f"the run in {run_folder} was trained on {needed}: {found}")
+    data = mnist_data.load_mnist(flags.data_dir)
     if run_folder:
-        recorded = read_json(run_folder / "config.json")
         if recorded.get("data_sha256") != data.file_sha256:
             raise UserError(
                 f"--data_dir {flags.data_dir} holds other data than the run in {run_folder} was trained on"

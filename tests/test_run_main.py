@@ -990,7 +990,7 @@ def test_own_digits_are_reconstructed_without_data(trained, few_digits, tmp_path
     assert {path.name for path in out.iterdir()} == {"config.json", "reconstructed.npz", "reconstructed.png"}
     with np.load(out / "reconstructed.npz") as file:
         arrays = dict(file)
-    assert set(arrays) == {"images", "z", "elbo", "log_px"}
+    assert set(arrays) == {"images", "file", "z", "elbo", "log_px"}
     assert arrays["elbo"].shape == arrays["log_px"].shape == (13,)
 
     network, _ = run_main.load(trained)
