@@ -90,7 +90,7 @@ def run(flags, load_tensorflow):
         with strategy.scope():
             state = TrainingState(build_network(digits, flags))
         if flags.load or flags.resume:
-            restore_state(state, flags.load or flags.results_path)
+            restore_state(state, flags.reused_run)
         check_workers_agree(strategy, flags, data, state)
         folder = claim_folder(flags, data, state.network) if is_chief(flags) else None
         if not flags.load:
@@ -259,8 +259,9 @@ def log_columns(part, means):
     kl = float(means["kl"])
     elbo = -(reconstruction + kl)
     columns = {f"{part}_elbo": elbo, f"{part}_reconstruction": reconstruction, f"{part}_kl": kl}
-    for name in means.keys() - {"negative_elbo", "reconstruction", "kl"}:
-        columns[f"{part}_{name}"] = float(means[name])
+    for name in means:
+        if name not in ("negative_elbo", "reconstruction", "kl"):
+            columns[f"{part}_{name}"] = float(means[name])
     return columns
 
 
@@ -292,7 +293,7 @@ def build_network(digits, flags):
     """Returns the network, with its optimizer if it is trained. UserError if it cannot be, after an edit."""
     model = MODELS[flags.model]
     options = {"dim_z": flags.dim_z, "n_hidden": flags.n_hidden, "seed": flags.seed}
-    options |= {name: getattr(flags, name) for name in model.options if getattr(flags, name) is not None}
+    options |= {name: getattr(flags, name) for name in model.options}
     if digits:
         options["n_pixels"] = digits.train_images.shape[1]
         options["mean_image"] = digits.train_images.mean(axis=0) / 255
@@ -304,7 +305,7 @@ def build_network(digits, flags):
             f"--binarize: {type(network.likelihood).__name__} is not a distribution of binary pixels"
         )
     if not flags.load:
-        if flags.distribute == "none":
+        if flags.distribute == "none":  # replicas have variables of their own
             check_variables(network, digits)
         n_steps = flags.num_epochs * (len(digits.train_images) // flags.batch_size)
         network.compile(optimizer=make_optimizer(network, n_steps, flags))
@@ -366,7 +367,9 @@ def means_of(terms):
 
 def latent_moments(network, batch):
     """Returns mean and log variance of q(z|x) for each image: (n, dim_z) each."""
-    parts = [network.posterior.moments(network.encoder(p.inputs, p.labels)) for p in split(batch, 1_000)]
+    parts = [
+        network.posterior.moments(network.encoder(part.inputs, part.labels)) for part in split(batch, 1_000)
+    ]
     return np.concatenate(parts, axis=1)
 
 
@@ -379,7 +382,10 @@ def log_px(network, batch, flags):
         return network.log_marginal_likelihood(part, flags.n_importance, seed=seed)
 
     estimate = compiled(log_marginal_likelihood, jit_compile=True, autograph=False)
-    return np.concatenate([estimate(p, evaluation_seed(flags, i)) for i, p in enumerate(split(batch, 20))])
+    parts = []
+    for i, part in enumerate(split(batch, 20)):
+        parts.append(estimate(part, evaluation_seed(flags, i)))
+    return np.concatenate(parts)
 
 
 def psnr(images, targets):
@@ -390,7 +396,7 @@ def psnr(images, targets):
 def evaluate_test_set(network, test, terms, moments, flags):
     """Returns the content of metrics.json. terms, moments: what evaluate_images and latent_moments return."""
     metrics = log_columns("test", means_of(terms))
-    restored = np.concatenate([network.reconstruct(p.inputs, p.labels) for p in split(test, 1_000)])
+    restored = np.concatenate([network.reconstruct(part.inputs, part.labels) for part in split(test, 1_000)])
     if flags.add_noise:
         metrics["psnr_noisy"] = psnr(test.inputs, test.targets)
     metrics["psnr_restored"] = psnr(restored, test.targets)
@@ -458,17 +464,17 @@ class Model:
     """A row of --model."""
 
     class_name: str  # in vae.py
-    options: tuple[str, ...] = ()  # the flags that its constructor takes
+    options: dict = field(default_factory=dict)  # the flags that its constructor takes, and their defaults
     data_flags: tuple[str, ...] = ()  # the flags that change its data
 
 
 MODELS = {
     "vae": Model("VAE"),
-    "iwae": Model("IWAE", options=("n_samples",)),
+    "iwae": Model("IWAE", options={"n_samples": 5}),
     "least_squares": Model("LeastSquares"),
     "stick_breaking": Model("StickBreaking"),
-    "ladder": Model("Ladder", options=("dim_z_lower",)),
-    "stein": Model("Stein", options=("n_samples",)),
+    "ladder": Model("Ladder", options={"dim_z_lower": 64}),
+    "stein": Model("Stein", options={"n_samples": 20}),
     "labels": Model("Labels", data_flags=("n_labels",)),
 }
 
@@ -534,6 +540,11 @@ def local_path(text):
     return Path(text).expanduser()
 
 
+def defaults_of(option):
+    """Returns the models that have an option, with its default in each."""
+    return ", ".join(f"{name}: {m.options[option]}" for name, m in MODELS.items() if option in m.options)
+
+
 def flag(default, parse, help_text, reuse=Reuse.FIXED, group=None, nargs=None):
     """Returns a row of Flags. group: the title of the group in --help that begins with it."""
     return field(
@@ -542,6 +553,7 @@ def flag(default, parse, help_text, reuse=Reuse.FIXED, group=None, nargs=None):
     )
 
 
+LEARN_RATES = ", ".join(f"{name}: {optimizer.learn_rate}" for name, optimizer in OPTIMIZERS.items())
 STRATEGIES = ("none", "mirrored", "multi_worker")
 PRR_GROUP = "PRR: plot reproduction result"
 PMLR_GROUP = "PMLR: plot manifold learning result"
@@ -563,11 +575,11 @@ class Flags:
 
     kl_weight: float = flag(1.0, real(0, 1_000), "weight of the KL divergence in training", group="training")
     warm_up: int = flag(0, integer(0), "epochs over which that weight rises from 0")
-    n_samples: int = flag(None, integer(1, 1_000), "samples of z per digit (default: iwae 5, stein 20)")
-    dim_z_lower: int = flag(None, integer(1, 10_000), "length of the ladder's lower z (default: 64)")
+    n_samples: int = flag(None, integer(1, 1_000), f"samples of z per digit ({defaults_of('n_samples')})")
+    dim_z_lower: int = flag(None, integer(1, 10_000), f"length of the lower z ({defaults_of('dim_z_lower')})")
     n_labels: int = flag(None, integer(1), "labelled digits per class, for labels (default: all)")
     optimizer: str = flag("sgd", one_of(*OPTIMIZERS), "sgd, with momentum and clipped gradients, or adam")
-    learn_rate: float = flag(None, real(1e-12, 1e6), "at the start (sgd: 0.02, adam: 0.002)", Reuse.RESUMABLE)
+    learn_rate: float = flag(None, real(1e-12, 1e6), f"at the start ({LEARN_RATES})", Reuse.RESUMABLE)
     num_epochs: int = flag(20, integer(1), "passes through the training digits", Reuse.RESUMABLE)
     batch_size: int = flag(128, integer(1, mnist_data.N_TRAIN), "mini-batch size")
     seed: int = flag(0, integer(0), "random seed", Reuse.RELOADABLE)
@@ -598,13 +610,20 @@ class Flags:
 
     results_path: Path = flag(None, local_path, RESULTS_HELP, Reuse.PER_COMMAND, RUN_GROUP)
     resume: bool = flag(False, boolean, "continue the run in --results_path", Reuse.PER_COMMAND)
-    overwrite: bool = flag(False, boolean, "remove the run in --results_path first", Reuse.PER_COMMAND)
+    overwrite: bool = flag(
+        False, boolean, "remove the run, or with --load its older output", Reuse.PER_COMMAND
+    )
     load: Path = flag(None, local_path, "load this run's network instead of training", Reuse.PER_COMMAND)
     n_importance: int = flag(None, integer(1), "samples of z per digit for log p(x)", Reuse.RESUME_DEFAULT)
     n_generate: int = flag(None, integer(1, 1_000_000), "new images for generated.npz", Reuse.PER_COMMAND)
     reconstruct: list = flag(
         None, local_path, "your own digits: files, folders", Reuse.PER_COMMAND, nargs="+"
     )
+
+    @property
+    def reused_run(self):
+        """The folder of the run that is resumed or loaded, or None."""
+        return self.results_path if self.resume else self.load
 
     @property
     def draws_manifold(self):
@@ -663,12 +682,15 @@ def parse_flags(arguments=None):
         flags.learn_rate = OPTIMIZERS[flags.optimizer].learn_rate
     check_flags(flags)
     check_folders(flags)
+    for name, default in MODELS[flags.model].options.items():
+        if getattr(flags, name) is None:
+            setattr(flags, name, default)
     return flags
 
 
 def reuse_recorded_flags(parser, arguments, given):
     """Returns the flags with a run's recorded ones as defaults. UserError if one changes that may not."""
-    run_folder = given.load or given.results_path
+    run_folder = given.reused_run
     in_place = given.results_path is None or given.results_path.resolve() == run_folder.resolve()
     recorded = recorded_flags(run_folder)
     for row in dataclasses.fields(Flags):
@@ -702,8 +724,11 @@ def recorded_flags(run_folder):
     if differing:
         names = ", --".join(differing)
         raise UserError(f"the run in {run_folder} was made by a version with other flags: --{names}")
-    if not isinstance(config.get("n_pixels"), int):
-        raise UserError(f"the run in {run_folder} was made by an earlier version")
+    n_pixels = config.get("n_pixels")
+    if not isinstance(n_pixels, int) or n_pixels < 1 or math.isqrt(n_pixels) ** 2 != n_pixels:
+        raise UserError(
+            f"the run in {run_folder} was made by an earlier version, or its config.json is damaged"
+        )
     return recorded
 
 
@@ -786,7 +811,7 @@ def needs_data(flags):
 
 def load_data(flags):
     """Returns the data; UserError if they are not those of the resumed or loaded run, or too few."""
-    run_folder = flags.load or (flags.results_path if flags.resume else None)
+    run_folder = flags.reused_run
     recorded = read_json(run_folder / "config.json") if run_folder else {}
     missing = mnist_data.missing_files(flags.data_dir)
     if missing and recorded and recorded.get("data_sha256") != mnist_data.SHA256:
@@ -922,6 +947,8 @@ def read_checkpoint(file):
         with np.load(file) as arrays:
             if arrays.zip.testzip():
                 raise ValueError("wrong checksum")
+            if not {"history", "frames", "fingerprint"} <= set(arrays):
+                raise ValueError("not a checkpoint")
             return dict(arrays)
     except Exception as error:  # NumPy may raise any exception on a damaged file
         raise ValueError(f"{file} is damaged ({error_message(error)})") from error
@@ -958,8 +985,10 @@ def restore_checkpoint(state, file, arrays):
     saved = arrays["fingerprint"]
     found = state.network.fingerprint()
     if saved.shape != found.shape or not np.allclose(found, saved, rtol=1e-4, atol=1e-3):
-        change = f"that computes {saved} where this one computes {found}"
-        raise UserError(f"{file} was saved by a network {change}: undo the change to the code")
+        values = f"{np.round(saved, 3)} then, {np.round(found, 3)} now"
+        raise UserError(
+            f"{file} was saved by another network: undo the change to vae.py (it computes {values})"
+        )
     state.history = json.loads(str(arrays["history"]))
     state.frames = list(arrays["frames"])
 
@@ -1099,11 +1128,13 @@ def compile_distributed_epoch(network, flags, strategy):
 
 def check_workers_agree(strategy, flags, data, state):
     """Raises UserError unless all workers train with the same flags and data, from the same checkpoint."""
-    shared = {}
+    if strategy.num_replicas_in_sync == 1:
+        return
+    shared = {"resume": flags.resume}
     for row in dataclasses.fields(Flags):
-        if row.metadata["reuse"] not in (Reuse.DEFAULT, Reuse.PER_COMMAND) or row.name == "resume":
+        if row.metadata["reuse"] in (Reuse.FIXED, Reuse.RESUMABLE, Reuse.RELOADABLE):
             shared[row.name] = getattr(flags, row.name)
-    content = f"{shared, data and data.checksum(), state.history}"
+    content = json.dumps([shared, data.checksum(), state.history])
     compare_workers(strategy, "flags, data or checkpoints", content)
 
 
@@ -1118,7 +1149,8 @@ def compare_workers(strategy, what, content):
     def all_checksums():
         return strategy.gather(strategy.run(checksum), axis=0)
 
-    if len(set(compiled(all_checksums, autograph=False)().numpy())) > 1:
+    checksums = compiled(all_checksums, autograph=False)()
+    if len(np.unique(checksums)) > 1:
         raise UserError(f"--distribute multi_worker: the workers have different {what}")
 
 
@@ -1215,10 +1247,10 @@ def main(arguments=None, load_tensorflow=import_tensorflow):
 
 
 if __name__ == "__main__":
-    if (
-        sys.stderr is None
-    ):  # closed: or else TensorFlow's messages would go into whatever file takes its place
-        sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
+    if sys.stderr is None:
+        # Closed: without this, TensorFlow's messages would go into whatever file gets its number.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        sys.stderr = os.fdopen(2, "w")
     for stream in (sys.stdout, sys.stderr):
         if stream:  # it may not be able to encode the name of a file
             stream.reconfigure(errors="backslashreplace")

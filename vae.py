@@ -78,7 +78,9 @@ def normal(shape, seed, stream):
 
     tf.random.stateless_normal would take ten times as long, and its draws depend on whether XLA compiles it.
     """
-    return tf.math.ndtri(uniform(shape, seed, stream))
+    coarse, fine = tf.unstack(uniform(tf.concat([[2], shape], axis=0), seed, stream))  # 16 bits each
+    u = coarse + (fine - 0.5) / 2**16
+    return tf.math.ndtri(tf.clip_by_value(u, 2**-24, 1 - 2**-24))
 
 
 def reparameterize(mean, log_var, seed, stream=Stream.LATENT):
@@ -155,7 +157,8 @@ class Prior(Density):
 
     # The distribution function of one dimension of z and its inverse, on NumPy arrays. The manifold's axes
     # follow them or, where a prior has none, the encoded digits.
-    cdf = quantile = None
+    cdf = None
+    quantile = None
 
     def kl_divergence(self, posterior, q, z):
         """KL[q(z|x) || p(z)] in nats, (batch,), estimated as log q(z|x) - log p(z) at a draw z ~ q(z|x).
@@ -310,7 +313,10 @@ def as_batch(data):
         raise TypeError("expected images, (images, labels), (inputs, targets) or a Batch; no sample weights")
     if labels is not None:
         labels = tf.cast(labels, tf.int32)
-    return Batch(as_float32(targets), as_float32(inputs), labels)
+    batch = Batch(as_float32(targets), as_float32(inputs), labels)
+    if batch.targets.shape[-1] != batch.inputs.shape[-1]:
+        raise TypeError(f"targets of {batch.targets.shape[-1]} pixels, inputs of {batch.inputs.shape[-1]}")
+    return batch
 
 
 def hidden_layer(units, activation, **options):
@@ -330,7 +336,7 @@ def output_layer(units, **options):
 
 def tile_samples(q, n):
     """Returns each array of q, (batch, ...), repeated n times: (n, batch, ...)."""
-    return tuple(tf.repeat(parameter[None], n, axis=0) for parameter in q)
+    return tuple(tf.broadcast_to(array, tf.concat([[n], tf.shape(array)], axis=0)) for array in q)
 
 
 def active_units(mean):
@@ -386,7 +392,10 @@ class VAE(keras.Model):
         return Bernoulli()
 
     def encoder_layers(self):
-        """Returns the encoder's hidden layers: any Keras layers that take images (batch, n_pixels)."""
+        """Returns the encoder's hidden layers: any Keras layers that take images (batch, n_pixels).
+
+        Dropout follows those that have a kernel, such as dense and convolutional ones.
+        """
         return [
             hidden_layer(self.n_hidden, "elu", name="encoder_1"),
             hidden_layer(self.n_hidden, "tanh", name="encoder_2"),
@@ -560,7 +569,8 @@ class VAE(keras.Model):
         """
         std = np.exp(np.asarray(log_var) / 2)
         reach = max(5.0, np.max(np.abs(mean) + 6 * std))
-        n_points = min(1_001, math.ceil(2 * reach / min(0.05, std.min())) + 1)
+        spacing = max(min(0.05, std.min()), reach / 500)
+        n_points = math.ceil(2 * reach / spacing) + 1
         axis, spacing = np.linspace(-reach, reach, n_points, dtype=np.float32, retstep=True)
         x = as_float32(x)
         log_sum = np.full(len(x), -np.inf)
@@ -749,8 +759,8 @@ class Ladder(VAE):
 
     p(z_2) = N(0, I), p(z_1|z_2) a Gaussian by a network, p(x|z_1) the decoder. q(z_1|z_2, x) is the product
     of p(z_1|z_2) and the encoder's Gaussian: precisions add (equations 17 and 18). encode, decode and sample
-    refer to z_2, of dim_z numbers; z_1 has dim_z_lower numbers. The paper has up to five layers and batch
-    normalization. The layers bottom_up_* and top_down_* have no dropout.
+    refer to z_2, of dim_z numbers; the decoder takes z_1, of dim_z_lower numbers. The paper has up to five
+    layers and batch normalization. The layers bottom_up_* and top_down_* have no dropout.
     """
 
     has_log_joint = False  # p(x|z_2) would be an integral over z_1
@@ -883,7 +893,7 @@ class Stein(VAE):
     """
 
     FITTED = 64
-    FITTED_SEED = (-1, -1)  # --seed cannot be negative, so these are no particles of the training
+    FITTED_SEED = (-1, -1)  # no epoch has this number, so these are no particles of the training
 
     def __init__(self, *arguments, n_samples=20, **options):
         self.n_samples = n_samples
@@ -978,10 +988,13 @@ class Labels(VAE):
         return reconstruction + kl_weight * kl + self.HINGE_WEIGHT * hinge, reconstruction, kl
 
     def hinge_loss(self, scores, labels):
-        """Returns the hinge loss of each image, (batch,), summed over the classes; 0 where the label is -1.
+        """Returns the hinge loss of each image, (batch,), summed over the classes; 0 without a label.
 
-        scores: (batch, 10). Scaled so that its mean over the mini-batch is the mean over the labelled images.
+        scores: (batch, 10). labels: (batch,), -1 for an unknown one, or None. Scaled so that its mean over
+        the mini-batch is the mean over the labelled images.
         """
+        if labels is None:
+            return tf.zeros(tf.shape(scores)[0])
         signs = 2 * tf.one_hot(labels, N_CLASSES) - 1
         is_labelled = tf.cast(labels >= 0, tf.float32)
         hinge = is_labelled * tf.reduce_sum(tf.nn.relu(1 - signs * scores), axis=-1)

@@ -918,7 +918,8 @@ def test_normal_draws_are_normal():
     draws = vae.normal((1_001, 501), SEED, vae.Stream.PRIOR).numpy()
     assert draws.shape == (1_001, 501)
     assert stats.kstest(draws.ravel(), stats.norm.cdf).pvalue > 0.01
-    assert np.abs(draws).max() == pytest.approx(-stats.norm.ppf(0.5 / 2**16), rel=1e-4)
+    assert len(np.unique(draws)) > 0.9 * draws.size  # a uniform of 16 bits would give 65,536 values
+    assert np.abs(draws).max() < -stats.norm.ppf(0.5**24) + 0.1
 
 
 def test_dropout_keeps_the_mean_and_a_share_of_the_units():
