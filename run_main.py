@@ -1128,13 +1128,11 @@ def compile_distributed_epoch(network, flags, strategy):
 
 def check_workers_agree(strategy, flags, data, state):
     """Raises UserError unless all workers train with the same flags and data, from the same checkpoint."""
-    if strategy.num_replicas_in_sync == 1:
-        return
     shared = {"resume": flags.resume}
     for row in dataclasses.fields(Flags):
         if row.metadata["reuse"] in (Reuse.FIXED, Reuse.RESUMABLE, Reuse.RELOADABLE):
             shared[row.name] = getattr(flags, row.name)
-    content = json.dumps([shared, data.checksum(), state.history])
+    content = json.dumps([shared, data.checksum() if data else None, state.history])
     compare_workers(strategy, "flags, data or checkpoints", content)
 
 
