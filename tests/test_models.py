@@ -172,6 +172,7 @@ def test_logged_terms_do_not_depend_on_the_kl_weight(x, name):
 TOLERANCES = {"iwae": 0.03, "stick_breaking": 0.03, "least_squares": 0.1, "stein": 0.2, "labels": 0.2}
 
 
+@pytest.mark.architecture
 @pytest.mark.parametrize("name", PAPERS)
 def test_log_px_is_above_the_elbo_and_agrees_with_quadrature(train, digits, name):
     network, _ = train(name)
@@ -400,6 +401,7 @@ def test_log_px_of_a_ladder_agrees_with_quadrature_over_both_layers(train, digit
     assert not network.has_log_joint
 
 
+@pytest.mark.architecture
 def test_ladder_reports_what_each_layer_holds(train, digits):
     network, _ = train("ladder")
     batch = vae.Batch(digits[:200], digits[:200])
@@ -420,6 +422,7 @@ def test_ladder_reports_what_each_layer_holds(train, digits):
     assert measured["active_units_lower"] > 0
 
 
+@pytest.mark.architecture
 def test_all_of_the_kl_divergence_is_in_the_upper_layer_if_the_lower_encoder_is_uninformative(x):
     network = make_network("ladder")
     network.encoder_output.bias.assign([0.0] * 4 + [50.0] * 4)
@@ -661,6 +664,7 @@ def test_predicted_labels_are_those_of_scores_averaged_over_50_draws(train, digi
     assert np.mean(found != of_the_mean) > 0.05
 
 
+@pytest.mark.architecture
 def test_labels_are_learned(train, digits, few_digits):
     network, _ = train("labels")
     batch = vae.Batch(digits[:500], digits[:500], few_digits.train_labels[:500].astype(np.int32))

@@ -461,6 +461,7 @@ def test_pictures_show_the_test_digits_and_their_reconstructions(state, digits):
         np.testing.assert_allclose(shown, decode(png), atol=1)  # batches of other sizes round differently
 
 
+@pytest.mark.architecture
 def test_latent_plane_shows_the_means_and_a_decoded_grid(state, digits):
     network = state.network
     flags = small_flags("--PMLR_n_samples=40", "--PMLR_resize_factor=2", "--PMLR_z_range=1.5")

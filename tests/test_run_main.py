@@ -305,6 +305,7 @@ def test_the_readme_lists_the_flags_and_their_defaults():
 # --- digits -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.architecture
 @pytest.mark.quick
 def test_digits_for_evaluation_are_binarized_and_corrupted_once(few_digits):
     flags = run_main.parse_flags(["--binarize", "--add_noise", "--noise_level=0.4"])
@@ -489,6 +490,7 @@ def test_the_kl_weight_rises_during_the_warm_up():
     assert run_main.kl_weight(0, dataclasses.replace(flags, warm_up=0)) == 0.5
 
 
+@pytest.mark.architecture
 @pytest.mark.quick
 @pytest.mark.parametrize("binarize", [False, True])
 @pytest.mark.parametrize("noise_level", [None, 0.4])
@@ -581,6 +583,7 @@ def test_sgd_against_numpy():
         np.testing.assert_allclose(variable.numpy(), weight, rtol=2e-5, atol=1e-6, err_msg=variable.path)
 
 
+@pytest.mark.architecture
 @pytest.mark.quick
 def test_evaluation_has_neither_dropout_nor_weights(few_digits):
     """KL divergences are of the corrupted inputs, reconstruction errors of the clean targets."""
@@ -907,6 +910,7 @@ def test_log_px_equals_the_elbo_with_one_sample_and_rises_with_more(binarized):
     assert many_samples["test_log_px"] > one_sample["test_log_px"] + error
 
 
+@pytest.mark.architecture
 @pytest.mark.quick
 def test_peak_signal_to_noise_ratio(few_digits):
     assert run_main.psnr(np.full((5, 784), 0.6), np.full((5, 784), 0.5)) == pytest.approx(20)
@@ -927,6 +931,7 @@ def test_peak_signal_to_noise_ratio(few_digits):
     assert set(metrics) - set(without_noise) == {"psnr_noisy"}
 
 
+@pytest.mark.architecture
 def test_generated_images_are_drawn_from_the_model(run, binarized, capsys):
     assert run(f"--load={binarized}", "--n_generate=12000") == 0
     with np.load(binarized / "generated.npz") as arrays:

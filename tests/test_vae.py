@@ -193,6 +193,7 @@ def test_gradient_of_the_negative_elbo_along_a_direction(x):
     assert slope == pytest.approx(float(norm), rel=1e-2)
 
 
+@pytest.mark.architecture
 def test_elbo_compares_the_targets_with_reconstructions_of_the_corrupted_inputs(network, x):
     inputs = tf.zeros_like(x)
     loss, reconstruction, kl = network.negative_elbo(vae.Batch(x, inputs), seed=SEED, kl_weight=0.3)
@@ -285,6 +286,7 @@ def test_calling_the_network_reconstructs(network, x):
     np.testing.assert_allclose(network.predict(x, batch_size=3, verbose=0), images, atol=1e-6)
 
 
+@pytest.mark.architecture
 def test_samples_are_decoded_draws_from_the_prior(network):
     images = network.sample(50, (5, 6)).numpy()
     np.testing.assert_array_equal(images, network.decode(network.prior.sample(50, 2, (5, 6))))
@@ -450,6 +452,7 @@ def test_fit_reports_the_negative_elbo_and_lowers_it(x):
     assert np.all(np.diff(history["val_negative_elbo"]) < 0)
 
 
+@pytest.mark.architecture
 def test_fit_draws_other_latent_vectors_in_every_step(x):
     """With a learning rate of 0, nothing else changes the loss."""
     network = make_network()
@@ -728,6 +731,7 @@ def test_labels_of_each_image_reach_all_of_its_samples(x):
 # --- The marginal likelihood --------------------------------------------------------------------------
 
 
+@pytest.mark.architecture
 @pytest.mark.parametrize("n_importance", [1, 49, 50, 51, 130])
 def test_log_marginal_likelihood_is_exact_if_images_do_not_depend_on_z(x, n_importance):
     """With q(z|x) = p(z) and a decoder that ignores z, every sample's weight is p(x)."""
@@ -739,6 +743,7 @@ def test_log_marginal_likelihood_is_exact_if_images_do_not_depend_on_z(x, n_impo
     np.testing.assert_allclose(log_px, expected, rtol=1e-5)
 
 
+@pytest.mark.architecture
 @pytest.mark.parametrize(
     ("kind", "prior", "reach"), [(vae.VAE, stats.norm, 5), (LaplaceVAE, stats.laplace, 10)]
 )
@@ -797,6 +802,7 @@ def test_log_importance_weights_average_to_the_elbo(network, x):
     assert (log_px > elbos.mean(axis=0) + 5 * standard_error).all()
 
 
+@pytest.mark.architecture
 @pytest.mark.parametrize("n_importance", [1, 130])
 def test_log_marginal_likelihood_uses_as_many_samples_as_requested(network, x, n_importance, monkeypatch):
     chunks = []
@@ -815,6 +821,7 @@ def test_log_marginal_likelihood_uses_as_many_samples_as_requested(network, x, n
     np.testing.assert_allclose(log_px, expected, rtol=1e-6)
 
 
+@pytest.mark.architecture
 def test_log_marginal_likelihood_draws_z_given_the_corrupted_inputs(network, x):
     batch = vae.Batch(x, x[::-1])
     log_weights = network.log_importance_weights(batch, 3, seed=SEED)
@@ -827,6 +834,7 @@ def test_log_marginal_likelihood_draws_z_given_the_corrupted_inputs(network, x):
     assert (np.abs(reversed_ - network.log_marginal_likelihood(x, 1, seed=SEED)) > 1e-3).any()
 
 
+@pytest.mark.architecture
 def test_log_joint_is_of_every_image_with_every_latent_vector(network, x):
     z = np.random.default_rng(0).normal(size=(3, 2)).astype(np.float32)
     expected = [vae.Bernoulli().log_prob(image, network.decoder(z)) for image in x]
@@ -842,6 +850,7 @@ def test_active_units_are_those_that_vary():
 # --- Random numbers -----------------------------------------------------------------------------------
 
 
+@pytest.mark.architecture
 @pytest.mark.parametrize("n_more", [0, 1, 6])
 def test_random_numbers_for_different_purposes_have_different_streams(x, n_more, monkeypatch):
     """However many hidden layers there are, each of which has dropout."""
@@ -881,6 +890,7 @@ def test_random_numbers_for_different_purposes_have_different_streams(x, n_more,
     assert len(set(streams)) == len(streams)
 
 
+@pytest.mark.architecture
 def test_draws_for_different_purposes_are_independent():
     """Each function, with the same seed, shows whether its uniform draws are below one half."""
     shape = (200, 100)
@@ -947,6 +957,7 @@ def test_dropout_differs_between_layers_and_seeds():
         assert 0.4 < (first == other).mean() < 0.6
 
 
+@pytest.mark.architecture
 def test_binarize_draws_pixels_with_their_grey_level_as_probability():
     grey = np.repeat([0.0, 0.2, 0.7, 1.0], 196).astype(np.float32)
     x = tf.constant(np.tile(grey, (2_000, 1)))
@@ -965,6 +976,7 @@ def test_binarize_draws_pixels_with_their_grey_level_as_probability():
     assert white_and_peppered.mean() == pytest.approx(0.2 * 0.25, abs=0.003)  # independent of the noise
 
 
+@pytest.mark.architecture
 def test_salt_and_pepper_makes_a_share_of_the_pixels_black_or_white():
     x = tf.fill((1_000, 784), 0.5)
     noisy = vae.salt_and_pepper(x, 0.3, SEED).numpy()
