@@ -61,7 +61,7 @@ log = functools.partial(print, flush=True)
 class Digits:
     """The digits as the network gets them."""
 
-    train_images: np.ndarray  # (n, n_pixels) uint8; noise and binarization are drawn anew in every step
+    train_images: np.ndarray  # (n, n_pixels) uint8; noise and binarization are resampled at every step
     train_labels: np.ndarray  # (n,) int32, -1 where a label is hidden
     valid: "vae.Batch"  # noise and binarization drawn once
     test: "vae.Batch"
@@ -913,9 +913,9 @@ def state_variables(network):
     """
     variables = list(network.variables)
     if network.compiled:
-        variables += [
-            variable for variable in network.optimizer.variables if variable.name != "learning_rate"
-        ]
+        for variable in network.optimizer.variables:
+            if variable.name != "learning_rate":
+                variables.append(variable)
     return variables
 
 
@@ -923,9 +923,8 @@ def save_epoch(state, digits, flags, folder):
     """Writes the state after an epoch, and log.csv; keeps the state after the epoch before."""
     if flags.animate:
         frame = plot_utils.frame(state.network, digits, flags)
-        state.frames = [
-            old for old in state.frames if old.shape == frame.shape
-        ]  # --resume may change the size
+        # --resume may change the size.
+        state.frames = [old for old in state.frames if old.shape == frame.shape]
         state.frames.append(frame)
     arrays = {
         "history": json.dumps(state.history),
