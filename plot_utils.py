@@ -7,9 +7,12 @@ columns and n_y rows from the top left, row by row.
 import io
 import math
 from functools import cached_property
+from typing import NamedTuple
 
 import matplotlib.style
 import numpy as np
+from matplotlib.backend_bases import MouseButton
+from matplotlib.backends.registry import BackendFilter, backend_registry
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image  # comes with Matplotlib
@@ -38,12 +41,15 @@ COLOURS = (
 
 
 @matplotlib.style.context("default")  # whatever matplotlibrc says
-def draw(state, digits, flags):
-    """Returns all pictures that the flags ask for, {file name: bytes}."""
-    data = PlotData(state.network, digits, flags, state.history, state.frames)
+def draw(state, digits, flags, measured=None, names=None):
+    """Returns all pictures that the flags ask for, or those of them that are named, {file name: bytes}.
+
+    measured: after training, what has been measured of each test digit, {name: (n, ...)}.
+    """
+    data = PlotData(state.network, digits, flags, state.history, state.frames, measured)
     pictures = {}
-    for name, draw_picture in PICTURES.items():
-        content = draw_picture(data)
+    for name in names or PICTURES:
+        content = PICTURES[name](data)
         if content is not None:
             pictures[name] = content
     return pictures
@@ -59,11 +65,13 @@ def frame(network, digits, flags):
 class PlotData:
     """What the pictures show: test digits, and what the network computes from them when it is first used."""
 
-    def __init__(self, network, digits, flags, history=(), frames=()):
+    def __init__(self, network, digits, flags, history=(), frames=(), measured=None):
         self.network = network
         self.flags = flags
         self.history = history
         self.frames = frames
+        self.measured = measured
+        self.valid = digits.valid
         self.test = digits.test
         self.labels = digits.test.labels
         self.grid = (flags.PRR_n_img_x, flags.PRR_n_img_y, flags.PRR_resize_factor)
@@ -79,10 +87,14 @@ class PlotData:
     @cached_property
     def mean(self):
         """Latent means of all test digits: (n, dim_z)."""
+        return self.encode(self.test)
+
+    def encode(self, batch):
+        """Returns the latent means of a batch of any size: (n, dim_z)."""
         parts = []
-        for start in range(0, len(self.labels), 1_000):  # the particles of 10,000 digits would take 1 GB
+        for start in range(0, len(batch.labels), 1_000):  # the particles of 10,000 digits would take 1 GB
             rows = slice(start, start + 1_000)
-            parts.append(self.network.encode(self.test.inputs[rows], self.labels[rows]))
+            parts.append(self.network.encode(batch.inputs[rows], batch.labels[rows]))
         return np.concatenate(parts)
 
     @cached_property
@@ -108,31 +120,24 @@ class PlotData:
 
     @cached_property
     def latent_points(self):
-        """The map's points (n, 2), z or its first two principal components, and the labels of both axes."""
-        n = self.flags.PMLR_n_samples
-        if self.mean.shape[1] == 2:
-            return self.mean[:n], ("$z_1$", "$z_2$")
-        centred = self.mean - self.mean.mean(axis=0)
-        variances, components = np.linalg.eigh(np.cov(centred.T))  # in ascending order
-        shares = variances / variances.sum()
-        first = f"first principal component of z, {shares[-1]:.0%} of the variance"
-        second = f"second principal component of z, {shares[-2]:.0%} of the variance"
-        return centred[:n] @ components[:, [-1, -2]], (first, second)
+        """The latent map's points, (n, 2), and the labels of both axes."""
+        plane = latent_plane(self.mean)
+        return plane.project(self.mean[: self.flags.PMLR_n_samples]), plane.axis_labels
 
     @cached_property
     def manifold(self):
         """The images decoded on a grid, (rows * columns, n_pixels), and the z of its columns and rows."""
-        z_x = self.manifold_axis(0, self.flags.PMLR_n_img_x)
-        z_y = self.manifold_axis(1, self.flags.PMLR_n_img_y)[::-1]  # upwards
+        mean = self.encode(self.valid)  # half as many as test digits, since frames need them every epoch
+        z_x = self.manifold_axis(mean[:, 0], self.flags.PMLR_n_img_x)
+        z_y = self.manifold_axis(mean[:, 1], self.flags.PMLR_n_img_y)[::-1]  # upwards
         return self.decode(grid_points(z_x, z_y)), z_x, z_y
 
-    def manifold_axis(self, dimension, n):
+    def manifold_axis(self, mean, n):
         """Returns n numbers from -z_range to z_range, in equal steps of probability under the prior.
 
-        The prior is stretched to the standard deviation of the digits' means if that is above 1, so that all
-        classes show. A prior without quantiles is replaced by the distribution of the digits' means.
+        The prior is stretched to the standard deviation of the digits' means, (n_digits,), if that is above
+        1, so that all classes show. A prior without quantiles is replaced by the distribution of the means.
         """
-        mean = self.mean[:, dimension]
         z_range = self.flags.PMLR_z_range
         prior = self.network.prior
         if prior.quantile is None:
@@ -167,7 +172,30 @@ class PlotData:
     def particles(self):
         """A Stein VAE's draws of z for the first digits: (N_PARTICLES, N_POSTERIORS, 2)."""
         inputs = self.test.inputs[:N_POSTERIORS]
-        return self.network.particles(inputs, N_PARTICLES, seed=(self.flags.seed, 1)).numpy()
+        return self.network.particles(inputs, N_PARTICLES, seed=(0, 1)).numpy()
+
+
+class LatentPlane(NamedTuple):
+    """The plane of z that a map shows: z = origin + directions @ point."""
+
+    origin: np.ndarray  # (dim_z,)
+    directions: np.ndarray  # (dim_z, 2), orthonormal
+    axis_labels: tuple[str, str]
+
+    def project(self, z):
+        """Returns the points, (n, 2), of latent vectors z: (n, dim_z)."""
+        return (z - self.origin) @ self.directions
+
+
+def latent_plane(mean):
+    """Returns the plane for latent means, (n, dim_z): z itself, or its first two principal components."""
+    if mean.shape[1] == 2:
+        return LatentPlane(np.zeros(2, mean.dtype), np.eye(2, dtype=mean.dtype), ("$z_1$", "$z_2$"))
+    variances, components = np.linalg.eigh(np.cov(mean.T))  # in ascending order
+    shares = variances / variances.sum()
+    first = f"first principal component of z, {shares[-1]:.0%} of the variance"
+    second = f"second principal component of z, {shares[-2]:.0%} of the variance"
+    return LatentPlane(mean.mean(axis=0), components[:, [-1, -2]], (first, second))
 
 
 def equal_steps(low, high, n):
@@ -278,12 +306,12 @@ def draw_latent_map(data):
     """The test digits' latent means, coloured by class."""
     if not data.flags.draws_latent_map:
         return None
-    points, axes_labels = data.latent_points
+    points, axis_labels = data.latent_points
     figure = Figure((8, 7), dpi=DPI)
     axes = figure.add_axes((0.08, 0.08, 0.8, 0.9))  # a layout engine would take half of the time
     scatter(axes, points, data.labels[: len(points)])
     axes.set_aspect("equal", "datalim")
-    axes.set(xlabel=axes_labels[0], ylabel=axes_labels[1])
+    axes.set(xlabel=axis_labels[0], ylabel=axis_labels[1])
     return file_content(figure.savefig, format="png")
 
 
@@ -343,6 +371,15 @@ def scatter(axes, points, labels):
     axes.legend(title="digit", markerscale=4, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
+def draw_worst(data):
+    """The test digits with the lowest ELBO, each above its reconstruction."""
+    if not (data.flags.PRR and data.measured):
+        return None
+    worst = np.argsort(data.measured["elbo"], kind="stable")[: data.n_shown]
+    decoded = data.network.reconstruct(data.test.inputs[worst], data.labels[worst]).numpy()
+    return stacked_rows([data.test.targets[worst], decoded], *data.grid)
+
+
 def draw_elbo(data):
     """Training and validation ELBO by epoch."""
     figure = Figure((7, 5), dpi=DPI)
@@ -354,14 +391,18 @@ def draw_elbo(data):
     axes.plot(epochs, train, "o--", markersize=3, label=f"training, {dropout} dropout")
     axes.plot(epochs, valid, "o-", markersize=3, label="validation, without dropout")
     first_shown = (len(epochs) - 1) // 5  # the first fifth would press the curves together
-    shown = np.array(train[first_shown:] + valid[first_shown:])
-    margin = 0.05 * np.ptp(shown) + 0.1
-    axes.set_ylim(shown.min() - margin, shown.max() + margin)
+    axes.set_ylim(elbo_limits(train[first_shown:] + valid[first_shown:]))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set(xlabel="epoch", ylabel="ELBO, nats per image")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     return file_content(figure.savefig, format="png")
+
+
+def elbo_limits(shown):
+    """Returns the limits of an axis that shows ELBOs."""
+    margin = 0.05 * np.ptp(shown) + 0.1
+    return np.min(shown) - margin, np.max(shown) + margin
 
 
 PICTURES = {
@@ -377,8 +418,20 @@ PICTURES = {
     "latent_map.png": draw_latent_map,
     "posterior.png": draw_posterior,
     "simplex.png": draw_simplex,
+    "worst.png": draw_worst,
     "elbo.png": draw_elbo,
 }
+# Those that are drawn while the network is trained.
+PROGRESS_PICTURES = (
+    "reconstruction.png",
+    "denoising.png",
+    "samples.png",
+    "manifold.png",
+    "latent_map.png",
+    "elbo.png",
+)
+# Those of every epoch with --epoch_plots, and the beginnings of their names: as in the well-known example.
+EPOCH_PICTURES = {"reconstruction.png": "PRR", "manifold.png": "PMLR"}
 
 
 # --- Arrays to pictures -------------------------------------------------------------------------------
@@ -432,3 +485,197 @@ def file_content(save, **options):
 def png(pixels):
     """Returns grey levels, (height, width) uint8, as the bytes of a PNG."""
     return file_content(Image.fromarray(pixels).save, format="png")
+
+
+# --- Comparing runs -----------------------------------------------------------------------------------
+
+
+@matplotlib.style.context("default")
+def draw_comparison(groups, labels):
+    """PNG of validation curves and, below, of the pictures in the runs' folders; a label per group of runs.
+
+    The runs of a group differ by the seed alone: the curve is their mean, the band their range.
+    """
+    rows = [("reconstruction.png",), ("samples.png",), ("manifold.png", "latent_map.png")]
+    n = len(groups)
+    figure = Figure((max(8, 3 * n), 15), dpi=DPI, layout="constrained")
+    grid = figure.add_gridspec(1 + len(rows), n, height_ratios=[1.5, 1, 1, 1])
+    curves = figure.add_subplot(grid[0, :])
+    shown = []
+    for group, label in zip(groups, labels, strict=True):
+        elbos = np.array([[epoch["valid_elbo"] for epoch in run.history] for run in group])
+        epochs = np.arange(1, elbos.shape[1] + 1)
+        suffix = f" ({len(group)} seeds)" if len(group) > 1 else ""
+        (curve,) = curves.plot(epochs, elbos.mean(axis=0), "o-", markersize=3, label=label + suffix)
+        curves.fill_between(epochs, elbos.min(axis=0), elbos.max(axis=0), color=curve.get_color(), alpha=0.2)
+        shown.append(elbos[:, (elbos.shape[1] - 1) // 5 :].ravel())
+    curves.set(
+        xlabel="epoch", ylabel="validation ELBO, nats per image", ylim=elbo_limits(np.concatenate(shown))
+    )
+    curves.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    curves.grid(alpha=0.3)
+    curves.legend(loc="lower right")
+    for i, names in enumerate(rows, 1):
+        for j, group in enumerate(groups):
+            axes = figure.add_subplot(grid[i, j])
+            axes.set_axis_off()
+            files = [run.folder / name for name in names for run in group]
+            file = next((file for file in files if file.exists()), None)
+            if file:
+                axes.imshow(Image.open(file).convert("RGB"))
+                axes.set_title(f"{labels[j]}\n{file.parent.name}/{file.name}", fontsize="small")
+    return file_content(figure.savefig, format="png")
+
+
+# --- Exploring the latent space -----------------------------------------------------------------------
+
+PAPER_SIDE = 140  # pixels of the square to write in: five for each of a digit's
+PEN_RADIUS = 6  # pixels
+REDRAW_MILLISECONDS = 10
+
+
+def open_window():
+    """Returns a figure for a window, which `Explorer.show` opens; RuntimeError without a display."""
+    import matplotlib.pyplot as plt
+
+    figure = plt.figure("the latent space", figsize=(12, 7))
+    if plt.get_backend().lower() in backend_registry.list_builtin(BackendFilter.NON_INTERACTIVE):
+        raise RuntimeError("there is no display")
+    return figure
+
+
+class Explorer:
+    """Shows the digit decoded under the mouse on the latent map, and where a digit written with it lies.
+
+    decode: from z, (1, dim_z), to an image, (1, n_pixels). examine: from ink in [0, 1],
+    (PAPER_SIDE, PAPER_SIDE), to the written digit's z, its reconstruction and its ELBO.
+    """
+
+    def __init__(self, figure, mean, labels, decode, examine):
+        self.figure = figure
+        self.decode = decode
+        self.examine = examine
+        self.plane = latent_plane(mean)
+        self.map = figure.add_axes((0.05, 0.08, 0.43, 0.88))
+        scatter(self.map, self.plane.project(mean), labels)
+        self.map.set_aspect("equal", "datalim")
+        self.map.set(xlabel=self.plane.axis_labels[0], ylabel=self.plane.axis_labels[1])
+        blank = np.zeros((PAPER_SIDE, PAPER_SIDE))
+        self.decoded = self.add_square((0.67, 0.56, 0.21, 0.38), "decoded under the mouse", blank)
+        self.paper = self.add_square((0.56, 0.08, 0.21, 0.38), "write a digit here; e erases it", blank)
+        self.restored = self.add_square((0.78, 0.08, 0.21, 0.38), "its reconstruction", blank)
+        (self.marker,) = self.map.plot([], [], "k*", markersize=16, markeredgecolor="white")
+        self.elbo = self.restored.axes.text(PAPER_SIDE / 2, 1.1 * PAPER_SIDE, "", ha="center")
+        # What changes is drawn on top of a copy of the rest, where the backend can: many times as fast.
+        self.changing = [self.decoded, self.paper, self.restored, self.marker, self.elbo]
+        for artist in self.changing:
+            artist.set_animated(figure.canvas.supports_blit)
+        self.background = None
+        self.ink = blank
+        self.pen = None  # where the pen touched the paper last, (2,)
+        self.place = None  # of the mouse on the map, (2,), until it has been decoded
+        self.is_written = False  # whether ink has changed since it was examined
+        for name in ("motion_notify_event", "button_press_event", "button_release_event"):
+            figure.canvas.mpl_connect(name, self.on_mouse)
+        figure.canvas.mpl_connect("key_press_event", self.on_key)
+        figure.canvas.mpl_connect("draw_event", self.on_draw)
+        # Events only note what is to be done, and the timer does it: they cannot pile up.
+        self.timer = figure.canvas.new_timer(REDRAW_MILLISECONDS, [(self.update, (), {})])
+
+    def add_square(self, box, title, image):
+        """Adds an image with a title; returns the image."""
+        axes = self.figure.add_axes(box)
+        axes.set_title(title, fontsize="medium")
+        axes.set(xticks=[], yticks=[])
+        return axes.imshow(image, cmap="gray", vmin=0, vmax=1, extent=(0, PAPER_SIDE, PAPER_SIDE, 0))
+
+    def show(self):
+        """Opens the window and waits until it is closed."""
+        import matplotlib.pyplot as plt
+
+        self.timer.start()
+        plt.show()
+
+    def on_mouse(self, event):
+        """Notes where the mouse is; draws a stroke while its button is pressed on the paper."""
+        if self.figure.canvas.widgetlock.locked():  # panning or zooming
+            return
+        point = np.array([event.xdata, event.ydata]) if event.inaxes else None
+        if event.inaxes is self.map:
+            self.place = point
+        is_pressed = event.button == MouseButton.LEFT and event.name != "button_release_event"
+        if event.inaxes is self.paper.axes and is_pressed:
+            self.write(point)
+        else:
+            self.pen = None
+
+    def write(self, point):
+        """Draws a stroke on the paper from where the pen was to a point."""
+        stroke = point - (point if self.pen is None else self.pen)
+        start = point - stroke
+        pixels = np.stack(np.meshgrid(*2 * [np.arange(PAPER_SIDE) + 0.5]), axis=-1) - start
+        along = np.clip(pixels @ stroke / max(stroke @ stroke, 1e-9), 0, 1)
+        distance = np.linalg.norm(pixels - along[..., np.newaxis] * stroke, axis=-1)
+        self.ink = np.maximum(self.ink, np.clip(PEN_RADIUS + 1 - distance, 0, 1))
+        self.pen = point
+        self.is_written = True
+
+    def on_key(self, event):
+        """Erases what is written: e is no key of Matplotlib's toolbar."""
+        if event.key == "e":
+            self.ink = np.zeros_like(self.ink)
+            self.is_written = True
+
+    def on_draw(self, event):
+        """Keeps a copy of what does not change."""
+        canvas = self.figure.canvas
+        if canvas.supports_blit and not canvas.is_saving():
+            self.background = canvas.copy_from_bbox(self.figure.bbox)
+            self.draw_on_background(self.changing)
+
+    def draw_on_background(self, artists):
+        """Draws some of what changes, or lets the backend draw all of the figure."""
+        canvas = self.figure.canvas
+        if self.background is None:
+            canvas.draw_idle()
+            return
+        if artists == [self.decoded]:  # which is opaque
+            area = self.decoded.axes.bbox
+        else:
+            area = self.figure.bbox
+            canvas.restore_region(self.background)
+        for artist in artists:
+            artist.axes.draw_artist(artist)
+        canvas.blit(area)
+
+    def update(self):
+        """Decodes where the mouse is now and examines what is written now, if that has changed."""
+        if self.place is not None:
+            z = self.plane.origin + self.plane.directions @ self.place
+            self.decoded.set_data(square(self.decode(z[np.newaxis].astype(np.float32))))
+            self.place = None
+            self.draw_on_background([self.decoded])
+        if self.is_written:
+            self.show_written()
+            self.is_written = False
+            self.draw_on_background(self.changing)
+
+    def show_written(self):
+        """Shows the written digit, where it lies on the map, its reconstruction and its ELBO."""
+        self.paper.set_data(self.ink)
+        if not self.ink.any():
+            self.marker.set_data([], [])
+            self.restored.set_data(self.ink)
+            self.elbo.set_text("")
+            return
+        z, restored, elbo = self.examine(self.ink)
+        point = self.plane.project(z)
+        self.marker.set_data(point[:1], point[1:])
+        self.restored.set_data(square(restored))
+        self.elbo.set_text(f"ELBO {elbo:.1f} nats")
+
+
+def square(image):
+    """Returns an image with n_pixels numbers as (side, side)."""
+    side = math.isqrt(np.size(image))
+    return np.reshape(image, (side, side))

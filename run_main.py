@@ -5,12 +5,14 @@ evaluation, the flags, the folder of a run, and last what concerns devices and t
 """
 
 import argparse
+import ast
 import contextlib
 import csv
 import dataclasses
 import enum
 import functools
 import gc
+import hashlib
 import importlib.util
 import io
 import itertools
@@ -20,6 +22,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
 from collections.abc import Callable
@@ -39,7 +42,7 @@ if __name__ == "__main__":
 import numpy as np
 
 import mnist_data
-from mnist_data import UserError, atomic_write, error_message, write_atomically
+from mnist_data import UserError, atomic_write, error_message, natural_order, progress, write_atomically
 
 if TYPE_CHECKING:  # these take seconds: import_tensorflow imports them, after the flags have been checked
     import keras
@@ -48,8 +51,12 @@ if TYPE_CHECKING:  # these take seconds: import_tensorflow imports them, after t
     import plot_utils
     import vae
 
-EVALUATION_EPOCH = 0  # pseudo-epochs, for seeds outside training; real epochs start at 1
-GENERATION_EPOCH = -1
+GENERATION_EPOCH = -1  # a pseudo-epoch, for seeds; training's start at 1
+
+# While training, the pictures that show progress are drawn after this time, and again whenever drawing has
+# taken less than this share of the training time so far.
+SECONDS_BEFORE_DRAWING = 10
+MAX_DRAWING_SHARE = 0.03
 
 log = functools.partial(print, flush=True)
 
@@ -74,6 +81,7 @@ class TrainingState:
     network: "vae.VAE"  # with its optimizer
     history: list[dict] = field(default_factory=list)  # the rows of log.csv
     frames: list[np.ndarray] = field(default_factory=list)  # of manifold.gif, (height, width) uint8
+    drawing_seconds: float = 0.0  # spent on pictures while training
 
 
 def run(flags, load_tensorflow):
@@ -92,7 +100,7 @@ def run(flags, load_tensorflow):
         if flags.load or flags.resume:
             restore_state(state, flags.reused_run)
         check_workers_agree(strategy, flags, data, state)
-        folder = claim_folder(flags, data, state.network) if is_chief(flags) else None
+        folder = claim_folder(flags, data, state) if is_chief(flags) else None
         if not flags.load:
             for row in train(state, digits, flags, strategy):
                 if folder:
@@ -135,6 +143,8 @@ WEIGHT_DECAY = 0.003
 # clipped separately: global-norm clipping at 1 or 3 gives an ELBO of -145.7 or -142.1.
 CLIP_NORM = 1.0
 DROPOUT_ANNEALING = 0.5  # fraction of the run during which dropout is annealed to zero
+
+STEPS_PER_CALL = 20  # after which the progress of an epoch is updated; no number depends on it
 
 
 def make_sgd(learning_rate):
@@ -209,18 +219,25 @@ def sgd_step(network, images, labels, seed, n_steps, flags):
     network.train_step(batch, seed, dropout_keep_prob(epochs, flags), kl_weight(epochs, flags))
 
 
-def compile_epoch(network, flags):
-    """Returns a function that trains for an epoch. XLA compiles all of its steps as one."""
+def training_seed(flags, epoch, step):
+    """Returns the seed of a step."""
+    return vae.fold_in(tf.stack([flags.seed, epoch]), step)
 
-    def train_epoch(images, labels, batches, epoch):
-        """batches: (n_steps, batch_size), the indices of each mini-batch's images."""
+
+def compile_steps(network, flags):
+    """Returns a function that trains for some steps of an epoch. XLA compiles all of them as one."""
+
+    def train_steps(images, labels, batches, epoch, first, last):
+        """Steps first to last - 1. batches: (n_steps, batch_size), indices of each mini-batch's images."""
         n_steps = len(batches)
-        for step in tf.range(n_steps):
+        step = first
+        while step < last:  # a loop over tf.range(first, last) would be compiled again for each pair
             indices = batches[step]
-            seed = vae.fold_in(tf.stack([flags.seed, epoch]), step)
+            seed = training_seed(flags, epoch, step)
             sgd_step(network, tf.gather(images, indices), tf.gather(labels, indices), seed, n_steps, flags)
+            step += 1
 
-    return compiled(train_epoch, jit_compile=True)
+    return compiled(train_steps, jit_compile=True)
 
 
 def train(state, digits, flags, strategy):
@@ -229,23 +246,29 @@ def train(state, digits, flags, strategy):
     n_images = len(digits.train_images)
     n_steps = n_images // flags.batch_size
     if flags.distribute == "none":
-        train_epoch = compile_epoch(network, flags)
+        train_steps = compile_steps(network, flags)
     else:
-        train_epoch = compile_distributed_epoch(network, flags, strategy)
+        train_steps = compile_distributed_steps(network, flags, strategy)
     images = tf.constant(digits.train_images)
     labels = tf.constant(digits.train_labels)
     n_weights = sum(math.prod(variable.shape) for variable in network.trainable_variables)
     log(f"{device_name()}; {n_weights:,} weights; {flags.num_epochs} epochs of {flags.optimizer}")
+
+    def running_elbo():
+        return f"train {-network.get_metrics_result()['negative_elbo']:.2f}"
+
     for epoch in range(len(state.history) + 1, flags.num_epochs + 1):
         start = time.perf_counter()
         learn_rate = float(network.optimizer.learning_rate)
         order = tf.random.experimental.stateless_shuffle(tf.range(n_images), [flags.seed, epoch])
         batches = tf.reshape(order[: n_steps * flags.batch_size], (n_steps, flags.batch_size))
         network.reset_metrics()
-        train_epoch(images, labels, batches, tf.constant(epoch))
+        for first in progress(range(0, n_steps, STEPS_PER_CALL), f"epoch {epoch}", running_elbo):
+            last = min(first + STEPS_PER_CALL, n_steps)
+            train_steps(images, labels, batches, *tf.constant([epoch, first, last]))
         row = {"epoch": epoch} | log_columns("train", network.get_metrics_result())
         seconds = round(time.perf_counter() - start, 3)
-        row |= log_columns("valid", evaluate(network, digits.valid, flags))
+        row |= log_columns("valid", evaluate(network, digits.valid))
         row |= {"learn_rate": learn_rate, "seconds": seconds}
         if not all(math.isfinite(value) for value in row.values()):
             raise UserError(f"the loss is NaN in epoch {epoch}: lower --learn_rate, or raise --keep_prob")
@@ -279,8 +302,8 @@ def prepare_digits(data, flags):
     if flags.augment and not flags.load:
         train_images = mnist_data.augment(train_images, flags.seed)
         train_labels = np.tile(train_labels, len(train_images) // len(train_labels))  # a copy has its label
-    valid = make_batch(data.valid_images, data.valid_labels, flags, evaluation_seed(flags, 0))
-    test = make_batch(data.test_images, data.test_labels, flags, evaluation_seed(flags, 1))
+    valid = make_batch(data.valid_images, data.valid_labels, flags, evaluation_seed(0))
+    test = make_batch(data.test_images, data.test_labels, flags, evaluation_seed(1))
     return Digits(train_images, train_labels, as_numpy(valid), as_numpy(test))
 
 
@@ -332,9 +355,12 @@ def check_variables(network, digits):
 # --- Evaluation ---------------------------------------------------------------------------------------
 
 
-def evaluation_seed(flags, i):
-    """Returns the i-th seed outside training."""
-    return vae.fold_in([flags.seed, EVALUATION_EPOCH], i)
+def evaluation_seed(i):
+    """Returns the i-th seed on validation and test digits: the same for every --seed.
+
+    So runs that differ in --seed alone differ by training alone.
+    """
+    return vae.fold_in([0, 0], i)
 
 
 def split(batch, size):
@@ -345,24 +371,19 @@ def split(batch, size):
         yield vae.Batch(targets[rows], inputs[rows], None if labels is None else labels[rows])
 
 
-def evaluate_images(network, batch, flags):
+def evaluate_images(network, batch):
     """Returns the terms of -ELBO for each image, without dropout: {"reconstruction": (n,), "kl": (n,)}."""
     parts = []
     for i, part in enumerate(split(batch, 1_000)):
-        _, reconstruction, kl = network.negative_elbo(part, seed=evaluation_seed(flags, i))
+        _, reconstruction, kl = network.negative_elbo(part, seed=evaluation_seed(i))
         parts.append((reconstruction, kl))
     reconstruction, kl = np.concatenate(parts, axis=1)
     return {"reconstruction": reconstruction, "kl": kl}
 
 
-def evaluate(network, batch, flags):
+def evaluate(network, batch):
     """Returns the means of both terms over a batch of any size."""
-    return means_of(evaluate_images(network, batch, flags))
-
-
-def means_of(terms):
-    """Returns the mean of each array, by name."""
-    return {name: term.mean() for name, term in terms.items()}
+    return {name: term.mean() for name, term in evaluate_images(network, batch).items()}
 
 
 def latent_moments(network, batch):
@@ -373,19 +394,39 @@ def latent_moments(network, batch):
     return np.concatenate(parts, axis=1)
 
 
-def log_px(network, batch, flags):
-    """Returns log p(x) in nats, (n,), with --n_importance samples of z per image."""
+def importance_sampling(network, batch, flags):
+    """Returns log p(x) in nats, and the effective sample size of --n_importance samples of z: (n,) each."""
     n_images = len(batch.targets)
     log(f"estimating log p(x) of {n_images:,} digits with {flags.n_importance:,} importance samples each")
 
-    def log_marginal_likelihood(part, seed):
-        return network.log_marginal_likelihood(part, flags.n_importance, seed=seed)
+    def sample_part(part, seed):
+        return network.importance_sampling(part, flags.n_importance, seed=seed)
 
-    estimate = compiled(log_marginal_likelihood, jit_compile=True, autograph=False)
-    parts = []
-    for i, part in enumerate(split(batch, 20)):
-        parts.append(estimate(part, evaluation_seed(flags, i)))
-    return np.concatenate(parts)
+    estimate = compiled(sample_part, jit_compile=True, autograph=False)
+    estimates = []
+    for i, part in enumerate(progress(list(split(batch, 20)), "log p(x)")):
+        estimates.append(estimate(part, evaluation_seed(i)))
+    log_px, effective_sample_size = np.concatenate(estimates, axis=1)
+    return {"log_px": log_px, "effective_sample_size": effective_sample_size}
+
+
+def evaluate_digits(network, test, flags):
+    """Returns what is measured of each test digit, {name: (n, ...)}: the arrays of latent.npz."""
+    mean, log_var = latent_moments(network, test)
+    terms = evaluate_images(network, test)
+    elbo = -(terms["reconstruction"] + terms["kl"])
+    arrays = {"mean": mean, "log_var": log_var, "label": test.labels, "elbo": elbo} | terms
+    kl_per_unit = network.kl_per_unit((mean, log_var))
+    if kl_per_unit is not None:
+        arrays["kl_per_unit"] = kl_per_unit.numpy()
+    if flags.n_importance:
+        arrays |= importance_sampling(network, test, flags)
+    return arrays
+
+
+def standard_error(values):
+    """Returns the standard error of the mean of values, (n,)."""
+    return float(np.std(values, dtype=np.float64) / math.sqrt(len(values)))
 
 
 def psnr(images, targets):
@@ -393,20 +434,29 @@ def psnr(images, targets):
     return -10 * math.log10(np.mean((images - targets) ** 2))
 
 
-def evaluate_test_set(network, test, terms, moments, flags):
-    """Returns the content of metrics.json. terms, moments: what evaluate_images and latent_moments return."""
-    metrics = log_columns("test", means_of(terms))
-    restored = np.concatenate([network.reconstruct(part.inputs, part.labels) for part in split(test, 1_000)])
+def evaluate_test_set(network, test, arrays, flags):
+    """Returns the content of metrics.json. arrays: what evaluate_digits returns."""
+    terms = {"reconstruction": arrays["reconstruction"].mean(), "kl": arrays["kl"].mean()}
+    metrics = log_columns("test", terms)
+    metrics["test_elbo_standard_error"] = standard_error(arrays["elbo"])
+    decoded = np.concatenate([network.reconstruct(part.inputs, part.labels) for part in split(test, 1_000)])
     if flags.add_noise:
         metrics["psnr_noisy"] = psnr(test.inputs, test.targets)
-    metrics["psnr_restored"] = psnr(restored, test.targets)
+        metrics["psnr_restored"] = psnr(decoded, test.targets)
+    else:
+        metrics["psnr_reconstruction"] = psnr(decoded, test.targets)
     metrics |= network.test_metrics(test)
     if flags.n_importance:
-        metrics["test_log_px"] = float(np.mean(log_px(network, test, flags), dtype=np.float64))
+        metrics["test_log_px"] = float(np.mean(arrays["log_px"], dtype=np.float64))
+        metrics["test_log_px_standard_error"] = standard_error(arrays["log_px"])
         metrics["n_importance"] = flags.n_importance
-        metrics["active_units"] = int(vae.active_units(moments[0]))
+        metrics["effective_sample_size"] = float(np.median(arrays["effective_sample_size"]))
+        metrics["active_units"] = int(vae.active_units(arrays["mean"]))
         if flags.dim_z == 2 and network.has_log_joint:
-            log_px_grid = network.log_marginal_likelihood_grid(test.targets, *moments)
+            grid_progress = functools.partial(progress, what="log p(x) by quadrature")
+            log_px_grid = network.log_marginal_likelihood_grid(
+                test.targets, arrays["mean"], arrays["log_var"], grid_progress
+            )
             metrics["test_log_px_grid"] = float(np.mean(log_px_grid))
     return metrics
 
@@ -415,7 +465,7 @@ def generate(network, flags, folder):
     """Writes generated.npz: new images (n, side, side) uint8 and their z (n, dim_z), drawn from the prior."""
     images = np.empty((flags.n_generate, network.n_pixels), np.uint8)
     z = np.empty((flags.n_generate, flags.dim_z), np.float32)
-    for i, start in enumerate(range(0, flags.n_generate, 10_000)):
+    for i, start in enumerate(progress(range(0, flags.n_generate, 10_000), "new digits")):
         rows = slice(start, min(start + 10_000, flags.n_generate))
         seed = vae.fold_in([flags.seed, GENERATION_EPOCH], i)
         z[rows], logits = network.sample_with_latents(rows.stop - rows.start, seed)
@@ -436,9 +486,11 @@ def reconstruct(network, user_digits, flags, folder):
         raise UserError(f"--reconstruct: the digits have {x.shape[1]} pixels, the network {network.n_pixels}")
     batch = vae.Batch(x, x)
     parts = list(split(batch, 1_000))
-    images = [plot_utils.grey_levels(network.reconstruct(part.inputs)) for part in parts]
+    images = []
+    for part in progress(parts, "reconstructing your digits"):
+        images.append(plot_utils.grey_levels(network.reconstruct(part.inputs)))
     side = math.isqrt(network.n_pixels)
-    terms = evaluate_images(network, batch, flags)
+    terms = evaluate_images(network, batch)
     arrays = {
         "images": np.concatenate(images).reshape(-1, side, side),
         "file": file_names,
@@ -446,7 +498,7 @@ def reconstruct(network, user_digits, flags, folder):
         "elbo": -(terms["reconstruction"] + terms["kl"]),
     }
     if flags.n_importance:
-        arrays["log_px"] = log_px(network, batch, flags)
+        arrays |= importance_sampling(network, batch, flags)
     with atomic_write(folder / "reconstructed.npz") as part, zipfile.ZipFile(part, "w") as archive:
         for name, array in arrays.items():  # np.savez saves no array that is called "file"
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
@@ -560,6 +612,8 @@ PMLR_GROUP = "PMLR: plot manifold learning result"
 PMLR_HELP = "plot the decoded latent plane (default: if --dim_z is 2); False also skips the latent map"
 RUN_GROUP = "run, and what to do with it afterwards"
 RESULTS_HELP = "output folder; must be new or empty (default: the next results/runN)"
+EPOCH_PLOTS_HELP = "keep reconstructions and manifold of every epoch in epochs/"
+COMPARE_HELP = "folders of runs to compare: a table and comparison.png"
 
 
 @dataclass
@@ -582,7 +636,7 @@ class Flags:
     learn_rate: float = flag(None, real(1e-12, 1e6), f"at the start ({LEARN_RATES})", Reuse.RESUMABLE)
     num_epochs: int = flag(20, integer(1), "passes through the training digits", Reuse.RESUMABLE)
     batch_size: int = flag(128, integer(1, mnist_data.N_TRAIN), "mini-batch size")
-    seed: int = flag(0, integer(0), "random seed", Reuse.RELOADABLE)
+    seed: int = flag(0, integer(0), "random seed of training and of new digits", Reuse.RELOADABLE)
     distribute: str = flag("none", one_of(*STRATEGIES), ", ".join(STRATEGIES), Reuse.RESUME_DEFAULT)
 
     data_dir: Path = flag(Path("data"), local_path, "MNIST is downloaded into it", Reuse.DEFAULT, "data")
@@ -613,12 +667,15 @@ class Flags:
     overwrite: bool = flag(
         False, boolean, "remove the run, or with --load its older output", Reuse.PER_COMMAND
     )
+    epoch_plots: bool = flag(False, boolean, EPOCH_PLOTS_HELP, Reuse.RESUME_DEFAULT)
     load: Path = flag(None, local_path, "load this run's network instead of training", Reuse.PER_COMMAND)
     n_importance: int = flag(None, integer(1), "samples of z per digit for log p(x)", Reuse.RESUME_DEFAULT)
     n_generate: int = flag(None, integer(1, 1_000_000), "new images for generated.npz", Reuse.PER_COMMAND)
     reconstruct: list = flag(
         None, local_path, "your own digits: files, folders", Reuse.PER_COMMAND, nargs="+"
     )
+    explore: bool = flag(False, boolean, "with --load: a window on the latent space", Reuse.PER_COMMAND)
+    compare: list = flag(None, local_path, COMPARE_HELP, Reuse.PER_COMMAND, nargs="+")
 
     @property
     def reused_run(self):
@@ -660,7 +717,7 @@ def make_parser():
             help_text += f" (default: {row.default})"
         options = {"type": row.metadata["parse"], "default": row.default, "help": help_text}
         if row.metadata["nargs"]:
-            options |= {"nargs": row.metadata["nargs"], "metavar": "FILE", "action": "extend"}
+            options |= {"nargs": row.metadata["nargs"], "metavar": "PATH", "action": "extend"}
         if options["type"] is boolean:
             options |= {"nargs": "?", "const": True, "metavar": "True|False"}
         group.add_argument(f"--{row.name}", **options)
@@ -672,6 +729,13 @@ def parse_flags(arguments=None):
     arguments = sys.argv[1:] if arguments is None else [str(argument) for argument in arguments]
     parser = make_parser()
     flags = Flags(**vars(parser.parse_args(arguments)))
+    if flags.compare:
+        check_companions(flags, "compare", ("results_path", "overwrite"))
+        return flags
+    if flags.explore:
+        check_companions(flags, "explore", ("load",))
+    if flags.explore and not flags.load:
+        raise UserError("--explore needs a trained network: name its folder with --load")
     if flags.load and flags.resume:
         raise UserError("--resume and --load exclude each other")
     if flags.resume and not flags.results_path:
@@ -748,6 +812,14 @@ def is_fixed(reuse, flags, in_place):
     return reuse is Reuse.FIXED
 
 
+def check_companions(flags, name, companions):
+    """Raises UserError if a flag is given together with others than its companions."""
+    for row in dataclasses.fields(Flags):
+        is_given = getattr(flags, row.name) != row.default
+        if is_given and row.name not in (name, *companions):
+            raise UserError(f"--{name} goes with --{' and --'.join(companions)} only: omit --{row.name}")
+
+
 def check_flags(flags):
     """Raises UserError for flags that do not go together."""
     if flags.resume and flags.overwrite:
@@ -756,6 +828,8 @@ def check_flags(flags):
         raise UserError("--distribute is for training, and --load does not train")
     if flags.PMLR and flags.dim_z != 2:
         raise UserError(f"--PMLR plots a plane, but --dim_z is {flags.dim_z}: omit one of them")
+    if flags.explore and flags.dim_z == 1:
+        raise UserError("--explore shows a plane: it needs a run with --dim_z 2 or more")
     if flags.animate and flags.dim_z != 2:
         raise UserError("--animate shows the latent plane: it needs --dim_z 2")
     if flags.animate and flags.num_epochs > 100:
@@ -839,11 +913,11 @@ def load_data(flags):
     return data
 
 
-def new_folder():
-    """Returns the next free one of results/run1, results/run2, ..., which it makes."""
+def new_folder(prefix):
+    """Makes and returns the next free one of results/run1, results/run2, ..., for the prefix "run"."""
     Path("results").mkdir(exist_ok=True)
     for number in itertools.count(1):
-        folder = Path("results", f"run{number}")
+        folder = Path("results", f"{prefix}{number}")
         try:
             folder.mkdir()
         except FileExistsError:
@@ -851,16 +925,18 @@ def new_folder():
         return folder
 
 
-def claim_folder(flags, data, network):
+def claim_folder(flags, data, state):
     """Returns the run's folder, created if needed, with a config.json. --overwrite removes the old run."""
     if flags.load and flags.results_path == flags.load:
         return flags.load
-    folder = flags.results_path or new_folder()
+    folder = flags.results_path or new_folder("run")
     removed = [*folder.glob(".part-*"), *folder.glob("checkpoint/.part-*")]  # left by a kill
     if flags.overwrite:
         names = ["log.csv", "metrics.json", "latent.npz", "vae.keras", *NEVER_REPLACED, *plot_utils.PICTURES]
         removed += [folder / name for name in names]
         removed += checkpoint_files(folder).values()
+        removed += [*folder.glob("epochs/PRR_epoch_*.png"), *folder.glob("epochs/PMLR_epoch_*.png")]
+        removed += folder.glob(EVENT_FILES)
     for file in removed:
         file.unlink(missing_ok=True)
     versions = {"python": sys.version}
@@ -871,10 +947,22 @@ def claim_folder(flags, data, network):
         "versions": versions,
         "data_sha256": data.file_sha256 if data else None,
         "digits_sha256": data.checksum() if data else None,
-        "n_pixels": network.n_pixels,
+        "scripts": {name: code_checksum(name) for name in ("mnist_data.py", "vae.py", "run_main.py")},
+        "n_pixels": state.network.n_pixels,
     }
     write_atomically(folder / "config.json", json.dumps(config, indent=2, default=str) + "\n")
+    if not flags.load:
+        start_events(folder, state.history)
     return folder
+
+
+def code_checksum(name):
+    """Returns the beginning of the SHA-256 of a script's code, without its docstrings and comments."""
+    tree = ast.parse(Path(__file__).with_name(name).read_bytes())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
+            del node.body[0]
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:8]
 
 
 def read_json(path):
@@ -884,6 +972,15 @@ def read_json(path):
         if isinstance(content, dict):
             return content
     return {}
+
+
+def read_arrays(path):
+    """Returns the arrays in a .npz file, by name; {} if it is missing or damaged."""
+    try:
+        with np.load(path) as arrays:
+            return dict(arrays)
+    except Exception:  # NumPy may raise any exception on a damaged file
+        return {}
 
 
 def write_log(folder, history):
@@ -938,6 +1035,27 @@ def save_epoch(state, digits, flags, folder):
     for file in list(checkpoint_files(folder).values())[:-2]:
         file.unlink()
     write_log(folder, state.history)
+    draw_epoch(state, digits, flags, folder)
+
+
+def draw_epoch(state, digits, flags, folder):
+    """Draws the pictures that show progress, if drawing costs little time, and those of --epoch_plots."""
+    epoch = len(state.history)
+    start = time.perf_counter()
+    training_seconds = sum(row["seconds"] for row in state.history)
+    is_cheap = state.drawing_seconds < MAX_DRAWING_SHARE * training_seconds
+    pictures = {}
+    if training_seconds >= SECONDS_BEFORE_DRAWING and is_cheap and epoch < flags.num_epochs:
+        pictures = plot_utils.draw(state, digits, flags, names=plot_utils.PROGRESS_PICTURES)
+        for name, content in pictures.items():
+            write_atomically(folder / name, content)
+        state.drawing_seconds += time.perf_counter() - start
+    add_events(folder, epoch, state.history[-1], pictures)
+    if flags.epoch_plots:
+        pictures = plot_utils.draw(state, digits, flags, names=plot_utils.EPOCH_PICTURES)
+        for name, content in pictures.items():
+            prefix = plot_utils.EPOCH_PICTURES[name]
+            write_atomically(folder / "epochs" / f"{prefix}_epoch_{epoch:02}.png", content)
 
 
 def read_checkpoint(file):
@@ -996,29 +1114,70 @@ def save_results(state, digits, flags, folder):
     """Writes what was measured on the test digits, their latents, the pictures, and the network."""
     network = state.network
     write_log(folder, state.history)
-    terms = evaluate_images(network, digits.test, flags)
-    mean, log_var = latent_moments(network, digits.test)
-    metrics = evaluate_test_set(network, digits.test, terms, (mean, log_var), flags)
-    log("\n".join(f"{name:20}{value:12,.5g}" for name, value in metrics.items()))
+    arrays = evaluate_digits(network, digits.test, flags)
+    metrics = evaluate_test_set(network, digits.test, arrays, flags)
+    log("\n".join(f"{name:28}{value:12,.5g}" for name, value in metrics.items()))
     old = read_json(folder / "metrics.json")
     if old.get("test_elbo") == metrics["test_elbo"]:  # of the same weights: keep what was measured before
         metrics = old | metrics
+        arrays = read_arrays(folder / "latent.npz") | arrays
     write_atomically(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-    terms["elbo"] = -(terms["reconstruction"] + terms["kl"])
     with atomic_write(folder / "latent.npz") as part:
-        np.savez(part, mean=mean, log_var=log_var, label=digits.test.labels, **terms)
+        np.savez(part, **arrays)
     if not flags.load:
         # A copy without the optimizer, whose learning rate has reached 0.
         trained = type(network).from_config(network.get_config())
         trained.set_weights(network.get_weights())
         with atomic_write(folder / "vae.keras") as part:
             trained.save(part)
-    pictures = plot_utils.draw(state, digits, flags)
+    pictures = plot_utils.draw(state, digits, flags, arrays)
+    if not flags.load:
+        add_events(folder, len(state.history), metrics, pictures)
     for name in plot_utils.PICTURES:
         if name not in pictures:  # of an earlier state
             (folder / name).unlink(missing_ok=True)
     for name, content in pictures.items():
         write_atomically(folder / name, content)
+
+
+# --- TensorBoard --------------------------------------------------------------------------------------
+
+EVENT_FILES = "events.out.tfevents.*.run_main"
+
+
+def start_events(folder, history):
+    """Writes a run's history to a new event file, in place of an older one: then each epoch is shown once."""
+    old_files = list(folder.glob(EVENT_FILES))
+    file = folder / EVENT_FILES.replace("*", str(time.time_ns()))
+    append_event(file, tf.compat.v1.Event(wall_time=time.time(), file_version="brain.Event:2"))
+    for row in history:
+        add_events(folder, row["epoch"], row, pictures={})
+    for old_file in old_files:
+        old_file.unlink()
+
+
+def add_events(folder, epoch, numbers, pictures):
+    """Appends an epoch's numbers and pictures, each by name, to a run's event file."""
+    summary = tf.compat.v1.Summary()
+    for name, number in numbers.items():
+        summary.value.add(tag=name, simple_value=number)
+    for name, content in pictures.items():
+        if name.endswith(".png"):
+            height, width, channels = tf.io.decode_png(content).shape
+            image = {"height": height, "width": width, "colorspace": channels}
+            summary.value.add(tag=name, image=image | {"encoded_image_string": content})
+    newest = max(folder.glob(EVENT_FILES))
+    append_event(newest, tf.compat.v1.Event(wall_time=time.time(), step=epoch, summary=summary))
+
+
+def append_event(file, event):
+    """Appends an event to a file, in place: a running TensorBoard would not notice that it is replaced."""
+    with tempfile.TemporaryDirectory() as folder:
+        record = Path(folder, "record")
+        with tf.io.TFRecordWriter(str(record)) as writer:
+            writer.write(event.SerializeToString())
+        with file.open("ab") as opened:
+            opened.write(record.read_bytes())
 
 
 # --- Several devices and machines ---------------------------------------------------------------------
@@ -1097,8 +1256,8 @@ def join_workers():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # TensorFlow's own does not end the program
 
 
-def compile_distributed_epoch(network, flags, strategy):
-    """compile_epoch for replicas: each takes its share of a mini-batch and draws its own random numbers."""
+def compile_distributed_steps(network, flags, strategy):
+    """compile_steps for replicas: each takes its share of a mini-batch and draws its own random numbers."""
     n_replicas = strategy.num_replicas_in_sync
     share = flags.batch_size // n_replicas
     training_loss = network.training_loss
@@ -1116,13 +1275,12 @@ def compile_distributed_epoch(network, flags, strategy):
         seed = vae.fold_in(seed, replica)
         sgd_step(network, tf.gather(images, own), tf.gather(labels, own), seed, n_steps, flags)
 
-    def train_epoch(images, labels, batches, epoch):
-        n_steps = len(batches)
-        for step in tf.range(n_steps):
-            seed = vae.fold_in(tf.stack([flags.seed, epoch]), step)
-            strategy.run(replica_step, (images, labels, batches[step], seed, n_steps))
+    def train_steps(images, labels, batches, epoch, first, last):
+        for step in tf.range(first, last):
+            seed = training_seed(flags, epoch, step)
+            strategy.run(replica_step, (images, labels, batches[step], seed, len(batches)))
 
-    return compiled(train_epoch)
+    return compiled(train_steps)
 
 
 def check_workers_agree(strategy, flags, data, state):
@@ -1160,6 +1318,163 @@ def device_name():
     return f"CPU, {os.cpu_count()} threads{hint}"
 
 
+# --- Comparing and exploring finished runs ------------------------------------------------------------
+
+
+@dataclass
+class RecordedRun:
+    """What a run has left in its folder."""
+
+    folder: Path
+    setting: dict  # what determines its results besides the seed and the epochs: flags, checksums of scripts
+    epochs: str  # finished/planned
+    digits_sha256: str
+    history: list[dict]
+    metrics: dict
+
+
+def read_run(folder):
+    """Returns the RecordedRun in a folder; UserError if there is none, or no epoch is finished."""
+    recorded = recorded_flags(folder)
+    config = read_json(folder / "config.json")
+    setting = {}
+    for row in dataclasses.fields(Flags):
+        if row.metadata["reuse"] in (Reuse.FIXED, Reuse.RESUMABLE):
+            setting[row.name] = recorded[row.name]
+    setting |= config.get("scripts", {})
+    try:
+        with (folder / "log.csv").open() as file:
+            history = [{name: float(row[name] or "nan") for name in row} for row in csv.DictReader(file)]
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"--compare {folder}: no finished epoch in log.csv ({error_message(error)})"
+        ) from error
+    if not history or not {"valid_elbo", "seconds"} <= history[-1].keys():
+        raise UserError(f"--compare {folder}: no finished epoch in log.csv")
+    epochs = f"{len(history)}/{setting.pop('num_epochs')}"
+    metrics = read_json(folder / "metrics.json")
+    return RecordedRun(folder, setting, epochs, config.get("digits_sha256"), history, metrics)
+
+
+def list_runs(paths):
+    """Returns the folders in a list of paths and of patterns such as results/run*, in natural order."""
+    folders = set()
+    for path in paths:
+        is_pattern = not path.exists()  # which no shell has expanded, as in Windows
+        matches = list(path.parent.glob(path.name)) if is_pattern else []
+        folders.update(matches or [path])
+    return sorted(folders, key=natural_order)
+
+
+def compare(flags):
+    """Prints a table of runs and writes comparison.png. Runs that differ in --seed alone share a row."""
+    runs = [read_run(folder) for folder in list_runs(flags.compare)]
+    if len(runs) == 1:
+        raise UserError(f"--compare {runs[0].folder}: name two or more runs")
+    for run in runs:
+        if run.digits_sha256 != runs[0].digits_sha256:
+            raise UserError(f"--compare: {runs[0].folder} and {run.folder} were trained on different data")
+    picture = (flags.results_path or new_folder("compare")) / "comparison.png"
+    if picture.exists() and not flags.overwrite:
+        raise UserError(f"{picture} already exists: move it, or add --overwrite")
+    groups = group_seeds(runs)
+    differing = differing_settings(groups)
+    log(comparison_table(groups, differing))
+    labels = []
+    for group in groups:
+        setting = [f"{name} {group[0].setting.get(name)}" for name in differing]
+        labels.append(", ".join(setting or [group[0].folder.name]))
+    import plot_utils  # needs no TensorFlow
+
+    write_atomically(picture, plot_utils.draw_comparison(groups, labels))
+    log(f"the curves and pictures are in {picture}")
+
+
+def group_seeds(runs):
+    """Returns lists of runs that differ in nothing but the seed."""
+    groups = {}
+    for run in runs:
+        key = json.dumps([run.setting, run.epochs])
+        groups.setdefault(key, []).append(run)
+    return list(groups.values())
+
+
+def differing_settings(groups):
+    """Returns the names of the settings in which groups of runs differ."""
+    settings = [group[0].setting for group in groups]
+    names = dict.fromkeys(name for setting in settings for name in setting)
+    return [name for name in names if len({str(setting.get(name)) for setting in settings}) > 1]
+
+
+def comparison_table(groups, differing):
+    """Returns a table as text: a row per group of runs, with the settings in which they differ."""
+    metrics = {"test ELBO": "test_elbo", "reconstruction": "test_reconstruction", "KL": "test_kl"}
+    rows = [["runs", *differing, "epochs", "valid ELBO", *metrics, "log p(x)", "s/epoch"]]
+    for group in groups:
+        first = group[0]
+        row = [", ".join(run.folder.name for run in group)]
+        row += [str(first.setting.get(name, "")) for name in differing]
+        row += [first.epochs, mean_and_spread([run.history[-1]["valid_elbo"] for run in group])]
+        row += [mean_and_spread([run.metrics.get(name) for run in group]) for name in metrics.values()]
+        log_px = mean_and_spread([run.metrics.get("test_log_px") for run in group])
+        if len(group) == 1 and "test_log_px_standard_error" in first.metrics:
+            log_px += f" ± {first.metrics['test_log_px_standard_error']:.2f}"
+        seconds = np.median([epoch["seconds"] for run in group for epoch in run.history])
+        rows.append([*row, log_px, f"{seconds:.1f}"])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    lines.append("±: standard deviation over seeds; in a row of one run, standard error over digits")
+    return "\n".join(lines)
+
+
+def mean_and_spread(values):
+    """Returns the mean of a group's values as text, with their standard deviation; "-" if one is missing."""
+    if None in values:
+        return "-"
+    mean = f"{np.mean(values):.2f}"
+    return f"{mean} ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else mean
+
+
+def explore(flags, load_tensorflow):
+    """Opens a window on the latent space of a finished run."""
+    latents = read_arrays(flags.load / "latent.npz")
+    if not {"mean", "label"} <= latents.keys():
+        raise UserError(f"--explore: {flags.load} has no latent.npz: run --load {flags.load} first")
+    try:
+        import plot_utils
+
+        figure = plot_utils.open_window()
+    except (RuntimeError, ValueError) as error:  # Matplotlib's, of what MPLBACKEND asks for
+        browser = "to use a browser, pip install tornado and set MPLBACKEND=webagg"
+        raise UserError(f"--explore: {error_message(error)}; {browser}") from error
+    log("loading TensorFlow")
+    load_tensorflow(flags)
+    state = TrainingState(build_network(None, flags))
+    restore_state(state, flags.load)
+    network = state.network
+    if network.n_pixels != mnist_data.N_PIXELS:
+        raise UserError(f"--explore needs images of {mnist_data.N_PIXELS} pixels, not {network.n_pixels}")
+
+    decode = tf.function(network.decode, jit_compile=True)
+
+    @tf.function(jit_compile=True)
+    def measure(x):
+        negative_elbo, _, _ = network.negative_elbo(x, seed=(0, 0))
+        return network.encode(x), network.reconstruct(x), -negative_elbo
+
+    def examine(ink):
+        x = mnist_data.crop_and_centre(ink).reshape(1, -1)
+        return [array.numpy()[0] for array in measure(x)]
+
+    decode(tf.zeros((1, network.dim_z)))  # compiles both before the window opens
+    measure(tf.zeros((1, network.n_pixels)))
+    explorer = plot_utils.Explorer(figure, latents["mean"], latents["label"], decode, examine)
+    explorer.show()
+
+
 # --- The process --------------------------------------------------------------------------------------
 
 
@@ -1180,7 +1495,6 @@ def import_tensorflow(flags=None):
 def start_tensorflow(flags):
     """The same in a process of our own, ignoring the user's configuration and start-up messages."""
     os.environ |= {"KERAS_BACKEND": "tensorflow", "KERAS_HOME": os.devnull, "TF_USE_LEGACY_KERAS": "0"}
-    os.environ["MPLBACKEND"] = "agg"  # a notebook exports its own, which another Python may lack
     os.environ["TF_DETERMINISTIC_OPS"] = "1"  # or a GPU would give other bits in every run
     # Without autotuning, which that ends, Triton's matrix products take up to ten times as long as cuBLAS'.
     os.environ["XLA_FLAGS"] = f"--xla_gpu_enable_triton_gemm=false {os.environ.get('XLA_FLAGS', '')}"
@@ -1233,7 +1547,12 @@ def main(arguments=None, load_tensorflow=import_tensorflow):
     try:
         flags = parse_flags(arguments)
         with contextlib.redirect_stdout(sys.stdout if is_chief(flags) else None):  # print to None is silent
-            run(flags, load_tensorflow)
+            if flags.compare:
+                compare(flags)
+            elif flags.explore:
+                explore(flags, load_tensorflow)
+            else:
+                run(flags, load_tensorflow)
     except KeyboardInterrupt:
         log("interrupted: a training run with a finished epoch continues with --resume")
         return 130
@@ -1248,6 +1567,11 @@ if __name__ == "__main__":
         # Closed: without this, TensorFlow's messages would go into whatever file gets its number.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         sys.stderr = os.fdopen(2, "w")
+    # A notebook exports its own backend, which another Python may lack; any other counts for a window only.
+    if not any(argument.startswith("--explore") for argument in sys.argv):
+        os.environ["MPLBACKEND"] = "agg"
+    elif os.environ.get("MPLBACKEND", "").startswith("module://"):
+        del os.environ["MPLBACKEND"]
     for stream in (sys.stdout, sys.stderr):
         if stream:  # it may not be able to encode the name of a file
             stream.reconfigure(errors="backslashreplace")

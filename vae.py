@@ -189,8 +189,11 @@ class StandardNormal(Prior):
         """In closed form for a Gaussian q, so independent of the draw: appendix B of the paper."""
         if type(posterior) is not GaussianPosterior:
             return super().kl_divergence(posterior, q, z)
-        mean, log_var = q
-        return -0.5 * tf.reduce_sum(1 + log_var - mean**2 - tf.exp(log_var), axis=-1)
+        return tf.reduce_sum(self.kl_per_unit(*q), axis=-1)
+
+    def kl_per_unit(self, mean, log_var):
+        """KL[N(mean, exp(log_var)) || N(0, 1)] of each latent dimension: (..., dim_z)."""
+        return -0.5 * (1 + log_var - mean**2 - tf.exp(log_var))
 
 
 class GaussianPosterior(Density):
@@ -501,7 +504,7 @@ class VAE(keras.Model):
 
     def test_step(self, data):
         """Updates the means of -ELBO and of its terms without training; called by Keras' `evaluate`."""
-        negative_elbo, reconstruction, kl = self.negative_elbo(as_batch(data), seed=(self.seed, 0))
+        negative_elbo, reconstruction, kl = self.negative_elbo(as_batch(data), seed=(0, 0))
         return self.track(negative_elbo=negative_elbo, reconstruction=reconstruction, kl=kl)
 
     def track(self, **values):
@@ -537,10 +540,16 @@ class VAE(keras.Model):
         return log_px_given_z + log_ratio
 
     def log_marginal_likelihood(self, batch, n_importance, *, seed):
-        """log p(x) in nats, (batch,), estimated with n_importance samples of z per image.
+        """log p(x) in nats, (batch,), estimated with n_importance samples of z per image."""
+        log_px, _ = self.importance_sampling(batch, n_importance, seed=seed)
+        return log_px
+
+    def importance_sampling(self, batch, n_importance, *, seed):
+        """Returns log p(x) in nats and the effective sample size, (batch,) each.
 
         log p(x) ~ logsumexp_k log_weights_k - log n_importance. With one sample its mean is the ELBO; it
-        rises with their number towards log p(x) (Burda et al. 2016, section 3).
+        rises with their number towards log p(x) (Burda et al. 2016, section 3). The effective sample size,
+        (sum_k w_k)^2 / sum_k w_k^2, is n_importance if all weights are equal and 1 if one dominates.
         """
         batch = as_batch(batch)
         seed = fold_in(seed, int(Stream.IMPORTANCE))
@@ -550,22 +559,32 @@ class VAE(keras.Model):
         def log_sum(chunk):
             log_weights = self.log_importance_weights(batch, size, seed=fold_in(seed, chunk))
             wanted = chunk * size + tf.range(size) < n_importance  # the last chunk may have too many
-            return tf.reduce_logsumexp(tf.where(wanted[:, None], log_weights, -np.inf), axis=0)
+            log_weights = tf.where(wanted[:, None], log_weights, -np.inf)
+            return tf.reduce_logsumexp([log_weights, 2 * log_weights], axis=1)
 
         log_sums = tf.map_fn(log_sum, tf.range(n_chunks), fn_output_signature=tf.float32)
-        return tf.reduce_logsumexp(log_sums, axis=0) - math.log(n_importance)
+        log_sum_of_weights, log_sum_of_squares = tf.unstack(tf.reduce_logsumexp(log_sums, axis=0))
+        effective_sample_size = tf.exp(2 * log_sum_of_weights - log_sum_of_squares)
+        return log_sum_of_weights - math.log(n_importance), effective_sample_size
 
     def log_joint(self, x, z):
         """log p(x, z) in nats, (n, m), of each of x: (n, n_pixels) with each of z: (m, dim_z)."""
         z = as_float32(z)
         return self.likelihood.log_prob_table(as_float32(x), self.decoder(z)) + self.prior.log_prob(z)
 
-    def log_marginal_likelihood_grid(self, x, mean, log_var):
+    def kl_per_unit(self, q):
+        """KL[q(z|x) || p(z)] of each latent dimension, (batch, dim_z); None unless both factorize."""
+        if type(self.prior) is StandardNormal and type(self.posterior) is GaussianPosterior:
+            return self.prior.kl_per_unit(*q)
+        return None
+
+    def log_marginal_likelihood_grid(self, x, mean, log_var, progress=iter):
         """log p(x) in nats, (n,), by quadrature over the plane of dim_z 2.
 
         mean, log_var: (n, 2), the moments of q(z|x). The grid covers at least [-5, 5] and six standard
         deviations around every mean. Its spacing is the smallest standard deviation, at most 0.05, with no
         more than 1,001 points on an axis. This is exact where p(z|x) is no narrower than the spacing.
+        progress(columns) iterates over the grid's columns, and may show how many are done.
         """
         std = np.exp(np.asarray(log_var) / 2)
         reach = max(5.0, np.max(np.abs(mean) + 6 * std))
@@ -574,7 +593,7 @@ class VAE(keras.Model):
         axis, spacing = np.linspace(-reach, reach, n_points, dtype=np.float32, retstep=True)
         x = as_float32(x)
         log_sum = np.full(len(x), -np.inf)
-        for z_1 in axis:  # a column of the grid at a time
+        for z_1 in progress(axis):  # a column of the grid at a time
             z = tf.stack([tf.fill(axis.shape, z_1), axis], axis=1)
             log_sum = np.logaddexp(log_sum, tf.reduce_logsumexp(self.log_joint(x, z), axis=1))
         return log_sum + 2 * np.log(spacing)
@@ -875,7 +894,7 @@ class Ladder(VAE):
 
     def test_metrics(self, batch):
         """Returns the KL divergence of z_2, and how many units of z_1 have more than 0.01 nats of it."""
-        sample = self.sample_latents(batch.inputs, 1, None, (self.seed, 0))
+        sample = self.sample_latents(batch.inputs, 1, None, (0, 0))
         kl_2 = tf.reduce_mean(self.prior.kl_divergence(self.posterior, sample.q_2, sample.z_2))
         kl_per_unit = tf.reduce_mean(self.kl_z_1_per_unit(sample.q_1, sample.p_1), axis=(0, 1))
         n_active = tf.math.count_nonzero(kl_per_unit > 0.01)

@@ -1,6 +1,7 @@
 import csv
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -58,6 +59,11 @@ def read_log(folder):
 def files(folder):
     """Returns all files in a folder and in those below it, {relative path: bytes}."""
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def names(folder):
+    """Returns the names of what a folder holds, with * for the time in an event file's."""
+    return {re.sub(r"(?<=tfevents\.)\d+", "*", path.name) for path in folder.iterdir()}
 
 
 def one_line(err):

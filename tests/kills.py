@@ -28,6 +28,8 @@ import conftest  # noqa: E402
 import mnist_data  # noqa: E402
 import run_main  # noqa: E402
 
+run_main.import_tensorflow()
+
 # A small network, so that much of the time goes into writing; its small frames are part of the checkpoint.
 FLAGS = (*conftest.SMALL, "--keep_prob=0.8", "--animate", "--PMLR_n_img_x=5", "--PMLR_n_img_y=5")
 NPY_HEADER = 128  # bytes before the numbers of an array in a checkpoint
@@ -42,6 +44,20 @@ def arrays_of(path):
     return {name: (array.dtype, array.shape, array.tobytes()) for name, array in arrays.items()}
 
 
+def read_events(path):
+    """Returns the numbers in an event file, {(name, epoch): number}, without times."""
+    numbers = {}
+    with tempfile.NamedTemporaryFile() as copy:  # whose name TensorFlow can read
+        copy.write(path.read_bytes())
+        copy.flush()
+        for event in run_main.tf.compat.v1.train.summary_iterator(copy.name):
+            for value in event.summary.value:
+                if value.HasField("simple_value") and value.tag != "seconds":
+                    assert (value.tag, event.step) not in numbers
+                    numbers[value.tag, event.step] = value.simple_value
+    return numbers
+
+
 def what_is_left(folder):
     """Returns all that a run left, {name: content}, without times and paths."""
     left = {}
@@ -49,6 +65,8 @@ def what_is_left(folder):
         name = str(path.relative_to(folder))
         if path.is_dir():
             left[name] = "a folder"
+        elif path.match(run_main.EVENT_FILES):
+            left["events"] = read_events(path)
         elif path.parent.name == "checkpoint":
             left |= {f"{name}: {array}": content for array, content in arrays_of(path).items()}
         elif name == "vae.keras":

@@ -239,8 +239,9 @@ def test_another_prior(base, capsys, program):
     data = program.plot_utils.PlotData(network, digits, flags)
     np.testing.assert_array_equal(data.samples, network.decode(z))
     images, z_x, z_y = data.manifold
-    assert_equal_steps(z_x, data.mean[:, 0].std(), 9)
-    assert_equal_steps(z_y[::-1], data.mean[:, 1].std(), 5)
+    std = np.std(network.encode(digits.valid.inputs), axis=0)
+    assert_equal_steps(z_x, std[0], 9)
+    assert_equal_steps(z_y[::-1], std[1], 5)
     corner = network.decode(np.array([[z_x[0], z_y[0]]]))
     np.testing.assert_allclose(images[0], corner[0], atol=1e-6)
     assert_refused(program.run_main, base, capsys, "epoch-2.npz network")
@@ -322,9 +323,10 @@ def test_a_prior_with_weights(code, call, names, base, capsys, program):
     assert_refused(program.run_main, base, capsys, "epoch-2.npz shapes")
     # Without quantiles of the prior, the manifold's axes are quantiles of the digits' means.
     plane_flags = program.run_main.parse_flags(["--PMLR_n_img_x=5"])
-    data = program.plot_utils.PlotData(program.vae.VAE(2, 16), digits, plane_flags)
-    _, z_x, _ = data.manifold
-    np.testing.assert_allclose(z_x, np.quantile(data.mean[:, 0], [0, 0.25, 0.5, 0.75, 1]), rtol=1e-5)
+    plane = program.vae.VAE(2, 16)
+    _, z_x, _ = program.plot_utils.PlotData(plane, digits, plane_flags).manifold
+    mean = plane.encode(digits.valid.inputs)[:, 0]
+    np.testing.assert_allclose(z_x, np.quantile(mean, [0, 0.25, 0.5, 0.75, 1]), rtol=1e-5)
 
 
 def assert_no_weight_decay(program, network, flags):
@@ -1081,32 +1083,32 @@ CONDITION = [
 ]
 
 
-DRAW_WORST = '''
-def draw_worst(data):
-    """The ten test digits of the lowest ELBO, and below them their reconstructions."""
-    if not data.flags.worst:
+DRAW_BEST = '''
+def draw_best(data):
+    """The ten test digits of the highest ELBO, and below them their reconstructions."""
+    if not data.flags.best:
         return None
     negative_elbo, _, _ = data.network.negative_elbo(data.test, seed=(data.flags.seed, 0))
-    worst = np.argsort(negative_elbo)[-10:]
-    restored = data.network.reconstruct(data.test.inputs[worst], data.labels[worst]).numpy()
-    return stacked_rows([data.test.targets[worst], restored], 10, 1)
+    best = np.argsort(negative_elbo)[:10]
+    restored = data.network.reconstruct(data.test.inputs[best], data.labels[best]).numpy()
+    return stacked_rows([data.test.targets[best], restored], 10, 1)
 '''
 
 
 def test_a_new_picture_with_a_flag(base, program):
     """Drawn where asked for, of an older run, too, and removed when out of date."""
-    program.insert("plot_utils.py", DRAW_WORST, before="PICTURES = {")
-    program.replace("plot_utils.py", "PICTURES = {", 'PICTURES = {\n    "worst.png": draw_worst,')
-    flag = 'worst: bool = flag(False, boolean, "plot the digits of the lowest ELBO", Reuse.DEFAULT)'
+    program.insert("plot_utils.py", DRAW_BEST, before="\nPICTURES = {")
+    program.replace("plot_utils.py", "\nPICTURES = {", '\nPICTURES = {\n    "best.png": draw_best,')
+    flag = 'best: bool = flag(False, boolean, "plot the digits of the highest ELBO", Reuse.DEFAULT)'
     program.replace("run_main.py", "    PRR_n_img_x: int =", f"    {flag}\n    PRR_n_img_x: int =")
     program.start()
-    program.run("--load", base, f"--results_path={RUN}", "--worst")
-    picture = as_array(RUN / "worst.png")
+    program.run("--load", base, f"--results_path={RUN}", "--best")
+    picture = as_array(RUN / "best.png")
     assert picture.shape == (2 * 28, 280)
     network, digits = program.run_main.load(base)
     negative_elbo, _, _ = network.negative_elbo(digits.test, seed=(0, 0))
-    worst = digits.test.targets[np.argsort(negative_elbo)[-10:]]
-    shown = np.hstack(program.plot_utils.grey_levels(worst).reshape(10, 28, 28))
+    best = digits.test.targets[np.argsort(negative_elbo)[:10]]
+    shown = np.hstack(program.plot_utils.grey_levels(best).reshape(10, 28, 28))
     np.testing.assert_array_equal(picture[:28], shown)
     program.run("--load", base, f"--results_path={RUN}", "--overwrite")
-    assert not (RUN / "worst.png").exists()
+    assert not (RUN / "best.png").exists()

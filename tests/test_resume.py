@@ -16,8 +16,8 @@ import kills
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import assert_mentions, files, one_line, read_log
-from kills import differences, what_is_left
+from conftest import assert_mentions, files, names, one_line, read_log
+from kills import differences, read_events, what_is_left
 from PIL import Image
 
 import mnist_data
@@ -92,7 +92,7 @@ def test_other_flags_are_resumed_to_the_same_bits(run, tmp_path):
     assert run(*flags, f"--results_path={tmp_path / 'run'}") == 0
     pictures = {path.stem for path in (tmp_path / "run").glob("*.png")}
     shown = {"input", "input_noise", "reconstruction", "denoising"}
-    assert pictures == shown | {"latent_map", "samples", "interpolation", "elbo"}
+    assert pictures == shown | {"latent_map", "samples", "interpolation", "worst", "elbo"}
     shutil.copytree(tmp_path / "run", tmp_path / "again")
     (tmp_path / "again" / "checkpoint" / "epoch-2.npz").unlink()
     assert run("--resume", f"--results_path={tmp_path / 'again'}") == 0
@@ -153,13 +153,15 @@ def test_resume_refuses_conflicting_flags_by_name(run, copy, capsys, line, words
 
 def test_a_run_without_a_finished_epoch_can_be_started_again(run, trained, few_digits, tmp_path, capsys):
     folder = shutil.copytree(trained.parent / "before_epoch-1.npz", tmp_path / "run")
-    assert {path.name for path in folder.iterdir()} == {"config.json", "checkpoint"}
+    assert names(folder) == {"config.json", "checkpoint", run_main.EVENT_FILES}
     assert run(f"--load={folder}") == 2
     assert "no finished epoch" in one_line(capsys.readouterr().err)
     flags = run_main.parse_flags(["--num_epochs=1", f"--results_path={folder}"])
-    assert run_main.claim_folder(flags, few_digits, vae.VAE(n_hidden=1)) == folder
+    state = run_main.TrainingState(vae.VAE(n_hidden=1))
+    assert run_main.claim_folder(flags, few_digits, state) == folder
     assert json.loads((folder / "config.json").read_text())["flags"]["num_epochs"] == 1
-    assert [str(name) for name in files(folder)] == ["config.json"]
+    assert names(folder) == {"config.json", "checkpoint", run_main.EVENT_FILES}
+    assert names(folder / "checkpoint") == set()
 
 
 def test_a_run_without_a_good_checkpoint_is_refused(run, copy, capsys):
@@ -233,8 +235,8 @@ def test_epochs_learning_rate_and_pictures_may_change(run, trained, copy):
     with Image.open(trained / "manifold.gif") as before, Image.open(copy / "manifold.gif") as after:
         assert (before.n_frames, before.size) == (3, (5 * 28, 5 * 28))
         assert (after.n_frames, after.size) == (2, (4 * 28, 5 * 28))  # a new size starts a new animation
-    gone = {path.name for path in trained.rglob("*")} - {path.name for path in copy.rglob("*")}
-    assert gone == {"input.png", "reconstruction.png", "epoch-2.npz", "epoch-3.npz"}
+    assert names(trained) - names(copy) == {"input.png", "reconstruction.png", "worst.png"}
+    assert names(copy / "checkpoint") == {"epoch-4.npz", "epoch-5.npz"}
 
 
 def test_a_constant_learning_rate_follows_the_flag(few_digits, tmp_path, monkeypatch):
@@ -253,7 +255,8 @@ def test_a_constant_learning_rate_follows_the_flag(few_digits, tmp_path, monkeyp
     monkeypatch.setattr(run_main, "make_optimizer", make_constant_rate)
     flags, saved = build(0.02)
     saved.network.optimizer.apply([tf.ones(weight.shape) for weight in saved.network.trainable_variables])
-    saved.history = [{"epoch": 1}]
+    saved.history = [{"epoch": 1, "seconds": 1.0}]
+    run_main.start_events(tmp_path, [])
     run_main.save_epoch(saved, None, flags, tmp_path)
     _, restored = build(0.001)
     run_main.restore_state(restored, tmp_path)
@@ -290,8 +293,8 @@ def test_columns_that_older_epochs_lack_are_empty_in_log_csv(run, trained, copy)
 # --- folders ------------------------------------------------------------------------------------------
 
 
-def write_files(folder, names):
-    for name in names:
+def write_files(folder, file_names):
+    for name in file_names:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(f"theirs: {name}")
 
@@ -305,8 +308,10 @@ def test_overwrite_removes_the_files_of_a_run_only(copy, few_digits):
     write_files(copy, USER_FILES)
     write_files(copy, ("generated.npz", "reconstructed.npz", "reconstructed.png", "input_noise.png"))
     flags = run_main.parse_flags([f"--results_path={copy}", "--overwrite"])
-    run_main.claim_folder(flags, few_digits, vae.VAE(n_hidden=1))
-    assert {str(name) for name in files(copy)} == {"config.json", *USER_FILES}
+    run_main.claim_folder(flags, few_digits, run_main.TrainingState(vae.VAE(n_hidden=1)))
+    (events,) = copy.glob(run_main.EVENT_FILES)
+    assert read_events(events) == {}
+    assert {str(name) for name in files(copy)} == {"config.json", events.name, *USER_FILES}
     assert_user_files_unchanged(copy)
 
 
@@ -360,7 +365,7 @@ def full_disk(n_bytes):
         ("config.json", 100, ["--results_path={folder}/new"]),
         ("epoch-4.npz", 100_000, ["--resume", "--results_path={folder}", "--num_epochs=4"]),
         ("latent.npz", 10_000, ["--resume", "--results_path={folder}"]),
-        ("latent_map.png", 40_000, ["--load={folder}"]),
+        ("latent_map.png", 45_000, ["--load={folder}"]),
         ("vae.keras", 150_000, ["--resume", "--results_path={folder}"]),
         ("generated.npz", 150_000, ["--load={folder}", "--n_generate=1000"]),
     ],
@@ -373,13 +378,16 @@ def test_a_full_disk_is_a_one_line_error_and_costs_no_file(run, copy, capsys, na
     after = what_is_left(copy)
     after.pop("new", None)
     expected = {"config.json"} if "--num_epochs=4" in flags else set()
+    if "--resume" in flags[0]:  # the new event file has no metrics yet
+        assert after["events"].items() < before["events"].items()
+        expected.add("events")
     assert set(differences(before, after)) == expected
 
 
 def test_what_was_measured_is_kept_when_a_picture_fails(run, trained, tmp_path, monkeypatch):
     """As after an edit with a mistake; once that is corrected, --resume ends in the same bits."""
 
-    def fail(*_):
+    def fail(*_, **__):
         raise ValueError("a mistake")
 
     folder = shutil.copytree(trained.parent / "before_metrics.json", tmp_path / "run")
@@ -389,7 +397,7 @@ def test_what_was_measured_is_kept_when_a_picture_fails(run, trained, tmp_path, 
         with pytest.raises(ValueError, match="a mistake"):
             run(*command)
     measured = {"config.json", "checkpoint", "log.csv", "metrics.json", "latent.npz", "vae.keras"}
-    assert {path.name for path in folder.iterdir()} == measured
+    assert names(folder) == measured | {run_main.EVENT_FILES}
     assert (folder / "metrics.json").read_bytes() == (trained / "metrics.json").read_bytes()
     assert (folder / "latent.npz").read_bytes() == (trained / "latent.npz").read_bytes()
     assert run(*command) == 0
@@ -400,7 +408,7 @@ def test_nan_is_a_one_line_error_and_keeps_the_good_state(run, copy, capsys):
     before = what_is_left(copy)
     assert run("--resume", f"--results_path={copy}", "--num_epochs=4", "--learn_rate=1e6") == 2
     assert_mentions(one_line(capsys.readouterr().err), ["NaN in epoch 4", "lower --learn_rate"])
-    assert differences(before, what_is_left(copy)) == ["config.json"]
+    assert differences(before, what_is_left(copy)) == ["config.json", "events"]
     lower = run_main.parse_flags(["--resume", f"--results_path={copy}", "--learn_rate=0.01"])
     assert (lower.learn_rate, lower.num_epochs) == (0.01, 4)
 

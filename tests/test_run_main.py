@@ -21,7 +21,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import ROOT, assert_mentions, environment, files, one_line, read_log
+from conftest import ROOT, assert_mentions, environment, files, names, one_line, read_log
 from kills import differences, what_is_left
 from matplotlib.image import imread
 from PIL import Image
@@ -34,8 +34,8 @@ import vae
 run_main.import_tensorflow()
 
 EVERY_RUN = {"config.json", "log.csv", "metrics.json", "vae.keras", "checkpoint", "latent.npz"}
-EVERY_RUN |= {"samples.png", "interpolation.png", "elbo.png"}
-RECONSTRUCTIONS = {"input.png", "reconstruction.png"}
+EVERY_RUN |= {"samples.png", "interpolation.png", "elbo.png", run_main.EVENT_FILES}
+RECONSTRUCTIONS = {"input.png", "reconstruction.png", "worst.png"}
 PLANE = {"manifold.png", "latent_map.png", "posterior.png"}
 FLAGS = dataclasses.fields(run_main.Flags)
 
@@ -311,7 +311,7 @@ def test_digits_for_evaluation_are_binarized_and_corrupted_once(few_digits):
     flags = run_main.parse_flags(["--binarize", "--add_noise", "--noise_level=0.4"])
     digits = run_main.prepare_digits(few_digits, flags)
     again = run_main.prepare_digits(few_digits, flags)
-    other = run_main.prepare_digits(few_digits, dataclasses.replace(flags, seed=1))
+    other_seed = run_main.prepare_digits(few_digits, dataclasses.replace(flags, seed=1))
     assert digits.train_images is few_digits.train_images  # resampled in every step
     for part in ("valid", "test"):
         grey = getattr(few_digits, f"{part}_images") / 255
@@ -325,7 +325,8 @@ def test_digits_for_evaluation_are_binarized_and_corrupted_once(few_digits):
         np.testing.assert_array_equal(labels, getattr(few_digits, f"{part}_labels"))
         np.testing.assert_array_equal(targets, getattr(again, part).targets)
         np.testing.assert_array_equal(inputs, getattr(again, part).inputs)
-        assert (targets != getattr(other, part).targets).mean() > 0.01
+        np.testing.assert_array_equal(targets, getattr(other_seed, part).targets)  # the same for all seeds
+        np.testing.assert_array_equal(inputs, getattr(other_seed, part).inputs)
     noise_of_valid = digits.valid.inputs != digits.valid.targets
     noise_of_test = digits.test.inputs != digits.test.targets
     assert (noise_of_valid != noise_of_test).mean() > 0.2
@@ -387,9 +388,9 @@ def test_training_raises_the_elbo(few_digits, optimizer):
     flags = run_main.parse_flags(arguments)
     digits = run_main.prepare_digits(first_digits(few_digits, 500), flags)
     network = run_main.build_network(digits, flags)
-    before = run_main.evaluate(network, digits.valid, flags)
+    before = run_main.evaluate(network, digits.valid)
     rows = train(network, digits, flags)
-    after = run_main.evaluate(network, digits.valid, flags)
+    after = run_main.evaluate(network, digits.valid)
     assert [row["epoch"] for row in rows] == list(range(1, 16))
     assert rows[-1]["train_elbo"] > rows[0]["train_elbo"] + 15
     assert rows[-1]["valid_elbo"] > -(before["reconstruction"] + before["kl"]) + 15
@@ -592,7 +593,7 @@ def test_evaluation_has_neither_dropout_nor_weights(few_digits):
     digits = run_main.prepare_digits(few_digits, flags)
     network = small_network(mean_image=few_digits.train_images.mean(axis=0) / 255)
     network.encoder_output.kernel.assign(10 * network.encoder_output.kernel)
-    terms = run_main.evaluate_images(network, digits.test, flags)
+    terms = run_main.evaluate_images(network, digits.test)
 
     mean, log_var = (np.array(array, np.float64) for array in network.encoder(digits.test.inputs))
     kl = 0.5 * np.sum(mean**2 + np.exp(log_var) - log_var - 1, axis=1)
@@ -605,7 +606,7 @@ def test_evaluation_has_neither_dropout_nor_weights(few_digits):
     error = (terms["reconstruction"] - reconstruction).std() / math.sqrt(len(x))
     assert error < 1
     assert terms["reconstruction"].mean() == pytest.approx(reconstruction.mean(), abs=5 * error)
-    means = run_main.evaluate(network, digits.test, flags)
+    means = run_main.evaluate(network, digits.test)
     assert means == {name: pytest.approx(term.mean()) for name, term in terms.items()}
 
 
@@ -613,7 +614,7 @@ def test_evaluation_has_neither_dropout_nor_weights(few_digits):
 
 
 def test_output_files(trained, few_digits):
-    assert {path.name for path in trained.iterdir()} == EVERY_RUN | RECONSTRUCTIONS | PLANE
+    assert names(trained) == EVERY_RUN | RECONSTRUCTIONS | PLANE
     assert {path.name for path in (trained / "checkpoint").iterdir()} == {"epoch-1.npz", "epoch-2.npz"}
 
     config = read_config(trained)
@@ -625,6 +626,7 @@ def test_output_files(trained, few_digits):
     assert config["n_pixels"] == 784
     assert config["versions"]["numpy"] == np.__version__
     assert {"python", "tensorflow", "keras", "scipy", "matplotlib"} <= set(config["versions"])
+    assert set(config["scripts"]) == {"mnist_data.py", "vae.py", "run_main.py"}
 
     columns = "epoch,train_elbo,train_reconstruction,train_kl,valid_elbo,valid_reconstruction,valid_kl"
     assert (trained / "log.csv").read_text().splitlines()[0] == f"{columns},learn_rate,seconds"
@@ -632,7 +634,8 @@ def test_output_files(trained, few_digits):
     assert [row["epoch"] for row in log] == [1, 2]
 
     metrics = read_metrics(trained)
-    assert set(metrics) == {"test_elbo", "test_reconstruction", "test_kl", "psnr_restored"}
+    terms = {"test_elbo", "test_reconstruction", "test_kl"}
+    assert set(metrics) == terms | {"test_elbo_standard_error", "psnr_reconstruction"}
     assert {type(value) for value in metrics.values()} == {float}
     assert metrics["test_elbo"] == -(metrics["test_reconstruction"] + metrics["test_kl"])
     assert metrics["test_elbo"] == pytest.approx(log[-1]["valid_elbo"], abs=5)
@@ -657,7 +660,8 @@ def test_printed_numbers_are_those_in_the_files(trained):
 def test_latent_npz_has_the_latents_and_the_elbo_of_each_test_digit(trained, few_digits):
     with np.load(trained / "latent.npz") as file:
         arrays = dict(file)
-    assert set(arrays) == {"mean", "log_var", "label", "elbo", "reconstruction", "kl"}
+    terms = {"elbo", "reconstruction", "kl"}
+    assert set(arrays) == terms | {"mean", "log_var", "label", "kl_per_unit"}
     network = keras.models.load_model(trained / "vae.keras")
     mean, log_var = network.encoder(few_digits.test_images / np.float32(255))
     np.testing.assert_allclose(arrays["mean"], mean, atol=1e-4)
@@ -670,6 +674,10 @@ def test_latent_npz_has_the_latents_and_the_elbo_of_each_test_digit(trained, few
         assert arrays[name].mean(dtype=np.float64) == pytest.approx(metrics[f"test_{name}"], rel=1e-5)
         assert arrays[name].std() > 0
     np.testing.assert_allclose(arrays["elbo"], -(arrays["reconstruction"] + arrays["kl"]), rtol=1e-5)
+    kl_per_unit = 0.5 * (np.exp(log_var) + np.square(mean) - 1 - log_var)
+    np.testing.assert_allclose(arrays["kl_per_unit"], kl_per_unit, rtol=1e-3, atol=1e-4)
+    error = arrays["elbo"].std(dtype=np.float64) / math.sqrt(1_000)
+    assert metrics["test_elbo_standard_error"] == pytest.approx(error)
 
 
 def test_vae_keras_holds_the_network_without_its_optimizer(trained):
@@ -704,7 +712,8 @@ def test_numbered_folders_are_used_once(tmp_path, monkeypatch, few_digits):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "results" / "run2").mkdir(parents=True)
     flags = run_main.parse_flags([])
-    folders = [str(run_main.claim_folder(flags, few_digits, small_network())) for _ in range(3)]
+    state = run_main.TrainingState(small_network())
+    folders = [str(run_main.claim_folder(flags, few_digits, state)) for _ in range(3)]
     assert folders == [str(Path("results", name)) for name in ("run1", "run3", "run4")]
 
 
@@ -802,11 +811,19 @@ def test_load_adds_metrics_and_changes_nothing_else(run, trained, tmp_path):
     assert run(f"--load={folder}", "--n_importance=2") == 0
     after = files(folder)
     changed = {str(name) for name in before | after if before.get(name) != after.get(name)}
-    assert changed == {"metrics.json"}
+    assert changed == {"metrics.json", "latent.npz"}
     metrics = read_metrics(folder)
     assert metrics.items() >= (old | {"n_importance": 2}).items()
-    assert set(metrics) - set(old) == {"test_log_px", "test_log_px_grid", "active_units"}
+    added = {"test_log_px", "test_log_px_standard_error", "test_log_px_grid", "effective_sample_size"}
+    assert set(metrics) - set(old) == added | {"active_units"}
     assert 0 <= metrics["active_units"] <= 2
+    assert 1 <= metrics["effective_sample_size"] <= 2
+    with np.load(folder / "latent.npz") as measured:
+        assert measured["log_px"].mean(dtype=np.float64) == pytest.approx(metrics["test_log_px"])
+        error = measured["log_px"].std(dtype=np.float64) / math.sqrt(1_000)
+    assert metrics["test_log_px_standard_error"] == pytest.approx(error)
+    assert run(f"--load={folder}") == 0  # what is not measured this time is kept
+    assert files(folder) == after
 
 
 def test_load_can_write_to_another_folder(run, trained, tmp_path, capsys):
@@ -814,8 +831,8 @@ def test_load_can_write_to_another_folder(run, trained, tmp_path, capsys):
     out = tmp_path / "out"
     assert run(f"--load={trained}", f"--results_path={out}", "--seed=3", "--PMLR=False") == 0
     assert files(trained) == before
-    written = (EVERY_RUN | RECONSTRUCTIONS) - {"vae.keras", "checkpoint"}
-    assert {path.name for path in out.iterdir()} == written
+    written = (EVERY_RUN | RECONSTRUCTIONS) - {"vae.keras", "checkpoint", run_main.EVENT_FILES}
+    assert names(out) == written
     assert (out / "log.csv").read_bytes() == (trained / "log.csv").read_bytes()
     assert (out / "input.png").read_bytes() == (trained / "input.png").read_bytes()
     assert (out / "samples.png").read_bytes() != (trained / "samples.png").read_bytes()
@@ -877,9 +894,8 @@ def test_which_recorded_flags_are_reused(trained, tmp_path):
 
 def test_load_returns_the_trained_network_and_its_digits(trained, few_digits, small_mnist):
     network, digits = run_main.load(str(trained))
-    flags = run_main.parse_flags([f"--load={trained}"])
     metrics = read_metrics(trained)
-    means = run_main.evaluate(network, digits.test, flags)
+    means = run_main.evaluate(network, digits.test)
     assert float(means["reconstruction"]) == pytest.approx(metrics["test_reconstruction"], rel=1e-6)
     assert float(means["kl"]) == pytest.approx(metrics["test_kl"], rel=1e-6)
     np.testing.assert_array_equal(digits.train_images, few_digits.train_images)
@@ -890,12 +906,14 @@ def test_log_px_equals_the_elbo_with_one_sample_and_rises_with_more(binarized):
     network, digits = run_main.load(binarized)
     flags = run_main.parse_flags([f"--load={binarized}"])
     network.has_log_joint = False  # test_vae.py tests the quadrature, which takes long
-    moments = run_main.latent_moments(network, digits.test)
     flags.n_importance = 1
-    terms = run_main.evaluate_images(network, digits.test, flags)
-    one_sample = run_main.evaluate_test_set(network, digits.test, terms, moments, flags)
+    arrays = run_main.evaluate_digits(network, digits.test, flags)
+    one_sample = run_main.evaluate_test_set(network, digits.test, arrays, flags)
     flags.n_importance = 50
-    many_samples = run_main.evaluate_test_set(network, digits.test, terms, moments, flags)
+    arrays = run_main.evaluate_digits(network, digits.test, flags)
+    many_samples = run_main.evaluate_test_set(network, digits.test, arrays, flags)
+    assert one_sample["effective_sample_size"] == pytest.approx(1)
+    assert 1 < many_samples["effective_sample_size"] < 50
     assert one_sample["test_elbo"] == many_samples["test_elbo"]
     assert one_sample["active_units"] == many_samples["active_units"] == 2
 
@@ -917,9 +935,8 @@ def test_peak_signal_to_noise_ratio(few_digits):
     flags = run_main.parse_flags(["--add_noise", "--noise_level=0.4"])
     digits = run_main.prepare_digits(few_digits, flags)
     network = small_network(mean_image=few_digits.train_images.mean(axis=0) / 255)
-    moments = run_main.latent_moments(network, digits.test)
-    terms = run_main.evaluate_images(network, digits.test, flags)
-    metrics = run_main.evaluate_test_set(network, digits.test, terms, moments, flags)
+    arrays = run_main.evaluate_digits(network, digits.test, flags)
+    metrics = run_main.evaluate_test_set(network, digits.test, arrays, flags)
     x = digits.test.targets
     noise = 0.2 * np.mean(x**2) + 0.2 * np.mean((1 - x) ** 2)  # a pixel becomes black or white
     assert metrics["psnr_noisy"] == pytest.approx(-10 * math.log10(noise), abs=0.05)
@@ -927,8 +944,9 @@ def test_peak_signal_to_noise_ratio(few_digits):
     assert metrics["psnr_restored"] == pytest.approx(-10 * math.log10(np.mean((restored - x) ** 2)), abs=1e-3)
     assert metrics["psnr_restored"] > metrics["psnr_noisy"] + 1
     flags.add_noise = False
-    without_noise = run_main.evaluate_test_set(network, digits.test, terms, moments, flags)
-    assert set(metrics) - set(without_noise) == {"psnr_noisy"}
+    without_noise = run_main.evaluate_test_set(network, digits.test, arrays, flags)
+    assert set(metrics) ^ set(without_noise) == {"psnr_noisy", "psnr_restored", "psnr_reconstruction"}
+    assert without_noise["psnr_reconstruction"] == metrics["psnr_restored"]
 
 
 @pytest.mark.architecture
@@ -995,7 +1013,7 @@ def test_own_digits_are_reconstructed_without_data(trained, few_digits, tmp_path
     assert {path.name for path in out.iterdir()} == {"config.json", "reconstructed.npz", "reconstructed.png"}
     with np.load(out / "reconstructed.npz") as file:
         arrays = dict(file)
-    assert set(arrays) == {"images", "file", "z", "elbo", "log_px"}
+    assert set(arrays) == {"images", "file", "z", "elbo", "log_px", "effective_sample_size"}
     assert arrays["elbo"].shape == arrays["log_px"].shape == (13,)
 
     network, _ = run_main.load(trained)
@@ -1024,14 +1042,13 @@ def readme_example():
 def test_the_readmes_python_example(trained, few_digits, small_mnist):
     example = readme_example()
     assert "results/run1" in example
-    names = {}
-    exec(example.replace("results/run1", str(trained)), names)
-    assert (names["x"].shape, names["plane"].shape) == ((10, 784), (400, 784))
+    defined = {}
+    exec(example.replace("results/run1", str(trained)), defined)
+    assert (defined["x"].shape, defined["plane"].shape) == ((10, 784), (400, 784))
     shown = pixels(trained / "reconstruction.png")[:28].reshape(28, 10, 28).swapaxes(0, 1)
-    np.testing.assert_allclose(255 * names["x"].numpy(), shown.reshape(10, 784), atol=0.51)
+    np.testing.assert_allclose(255 * defined["x"].numpy(), shown.reshape(10, 784), atol=0.51)
     if ".fit(" in example:  # it trains for another epoch
-        flags = run_main.parse_flags([f"--load={trained}"])
-        means = run_main.evaluate(names["network"], names["digits"].test, flags)
+        means = run_main.evaluate(defined["network"], defined["digits"].test)
         assert -(means["reconstruction"] + means["kl"]) > read_metrics(trained)["test_elbo"]
 
 
