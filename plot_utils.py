@@ -112,7 +112,7 @@ class PlotData:
         """Start digits (n, n_pixels), images decoded along the lines (n, steps, n_pixels), and end digits."""
         n = N_INTERPOLATIONS
         ends = []
-        for start in range(n):  # each ends in the next digit of another class, after the starts
+        for start in range(n):  # each ends at the next digit of a different class that is not itself a start
             candidates = self.labels[n + start :]
             ends.append(n + start + np.argmax(candidates != self.labels[start]))
         z = np.linspace(self.mean[:n], self.mean[ends], INTERPOLATION_STEPS, axis=1)
@@ -146,7 +146,7 @@ class PlotData:
         width = max(1.0, mean.std())
         z = width * prior.quantile(equal_steps(prior.cdf(-z_range / width), prior.cdf(z_range / width), n))
         if n > 1:
-            z[[0, -1]] = -z_range, z_range  # exactly, although probabilities near 1 lose digits
+            z[[0, -1]] = -z_range, z_range  # exactly, although probabilities near 1 lose precision
         return z
 
     def posterior(self, i):
@@ -269,7 +269,7 @@ def draw_manifold(data):
     figure = Figure((total_width / DPI, total_height / DPI), dpi=DPI)
     box = (left / total_width, bottom / total_height, width / total_width, height / total_height)
     axes = figure.add_axes(box, frame_on=False)
-    # A unit of the axes is a digit, since equal steps of probability are no equal steps of z.
+    # A unit of the axes is a digit, since equal steps of probability are not equal steps of z.
     edges = (-0.5, len(z_x) - 0.5, len(z_y) - 0.5, -0.5)
     rgb = np.stack([canvas, canvas, canvas], axis=-1)
     axes.imshow(rgb, interpolation="none", aspect="auto", extent=edges)
@@ -337,10 +337,18 @@ def draw_posterior(data):
             axes.plot(data.particles[:, i, 0], data.particles[:, i, 1], "c.", markersize=3)
         axes.set(xlim=extent[:2], ylim=extent[2:])
         axes.tick_params(labelsize=7)
+        if axes.get_subplotspec().is_last_row():
+            axes.set_xlabel("$z_1$", labelpad=1)
+        if axes.get_subplotspec().is_first_col():
+            axes.set_ylabel("$z_2$", labelpad=1)
         inset = axes.inset_axes((0.02, 0.72, 0.26, 0.26))
         inset.imshow(data.test.targets[i].reshape(side, side), cmap="gray")
         inset.set_axis_off()
-    figure.subplots_adjust(0.04, 0.05, 0.99, 0.98)  # a layout engine would take a second
+    title = "p(z|x), and contours of the encoder's q(z|x) at one and two standard deviations"
+    if data.flags.model == "stein":
+        title += "; dots: its particles"
+    figure.suptitle(title, fontsize="medium")
+    figure.subplots_adjust(0.06, 0.07, 0.99, 0.94)  # a layout engine would take a second
     return file_content(figure.savefig, format="png")
 
 
@@ -392,11 +400,16 @@ def draw_elbo(data):
     axes.plot(epochs, valid, "o-", markersize=3, label="validation, without dropout")
     first_shown = (len(epochs) - 1) // 5  # the first fifth would press the curves together
     axes.set_ylim(elbo_limits(train[first_shown:] + valid[first_shown:]))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axes.set(xlabel="epoch", ylabel="ELBO, nats per image")
+    label_curves(axes, "ELBO, nats per image")
+    return file_content(figure.savefig, format="png")
+
+
+def label_curves(axes, ylabel):
+    """Labels the axes of curves by epoch, and the curves."""
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
+    axes.set(xlabel="epoch", ylabel=ylabel)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
-    return file_content(figure.savefig, format="png")
 
 
 def elbo_limits(shown):
@@ -509,12 +522,8 @@ def draw_comparison(groups, labels):
         (curve,) = curves.plot(epochs, elbos.mean(axis=0), "o-", markersize=3, label=label + suffix)
         curves.fill_between(epochs, elbos.min(axis=0), elbos.max(axis=0), color=curve.get_color(), alpha=0.2)
         shown.append(elbos[:, (elbos.shape[1] - 1) // 5 :].ravel())
-    curves.set(
-        xlabel="epoch", ylabel="validation ELBO, nats per image", ylim=elbo_limits(np.concatenate(shown))
-    )
-    curves.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    curves.grid(alpha=0.3)
-    curves.legend(loc="lower right")
+    label_curves(curves, "validation ELBO, nats per image")
+    curves.set_ylim(elbo_limits(np.concatenate(shown)))
     for i, names in enumerate(rows, 1):
         for j, group in enumerate(groups):
             axes = figure.add_subplot(grid[i, j])
@@ -545,7 +554,7 @@ def open_window():
 
 
 class Explorer:
-    """Shows the digit decoded under the mouse on the latent map, and where a digit written with it lies.
+    """Decodes the latent map under the mouse, and shows where a digit that the user writes lies on the map.
 
     decode: from z, (1, dim_z), to an image, (1, n_pixels). examine: from ink in [0, 1],
     (PAPER_SIDE, PAPER_SIDE), to the written digit's z, its reconstruction and its ELBO.
@@ -621,7 +630,7 @@ class Explorer:
         self.is_written = True
 
     def on_key(self, event):
-        """Erases what is written: e is no key of Matplotlib's toolbar."""
+        """Erases what is written at the key e, which is not a shortcut of Matplotlib's toolbar."""
         if event.key == "e":
             self.ink = np.zeros_like(self.ink)
             self.is_written = True

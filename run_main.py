@@ -144,7 +144,7 @@ WEIGHT_DECAY = 0.003
 CLIP_NORM = 1.0
 DROPOUT_ANNEALING = 0.5  # fraction of the run during which dropout is annealed to zero
 
-STEPS_PER_CALL = 20  # after which the progress of an epoch is updated; no number depends on it
+STEPS_PER_CALL = 50  # after which the progress of an epoch is shown; no number depends on it
 
 
 def make_sgd(learning_rate):
@@ -171,7 +171,10 @@ OPTIMIZERS = {"sgd": Optimizer(make_sgd, 0.02), "adam": Optimizer(make_adam, 0.0
 
 
 def make_optimizer(network, n_steps, flags):
-    """Returns the optimizer; its learning rate follows a half cosine from --learn_rate to 0 after n_steps."""
+    """Returns the optimizer. Its learning rate decays from --learn_rate to 0 in n_steps along a half cosine.
+
+    Loshchilov and Hutter, arXiv:1608.03983, without restarts.
+    """
     schedule = keras.optimizers.schedules.CosineDecay(flags.learn_rate, n_steps)
     optimizer = OPTIMIZERS[flags.optimizer].make(schedule)
     not_decayed = [variable for variable in network.trainable_variables if variable.name != "kernel"]
@@ -356,9 +359,9 @@ def check_variables(network, digits):
 
 
 def evaluation_seed(i):
-    """Returns the i-th seed on validation and test digits: the same for every --seed.
+    """Returns the i-th seed for validation and test digits: the same for every --seed.
 
-    So runs that differ in --seed alone differ by training alone.
+    So runs that differ only in --seed differ only in their training.
     """
     return vae.fold_in([0, 0], i)
 
@@ -500,7 +503,7 @@ def reconstruct(network, user_digits, flags, folder):
     if flags.n_importance:
         arrays |= importance_sampling(network, batch, flags)
     with atomic_write(folder / "reconstructed.npz") as part, zipfile.ZipFile(part, "w") as archive:
-        for name, array in arrays.items():  # np.savez saves no array that is called "file"
+        for name, array in arrays.items():  # np.savez cannot save an array named "file"
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, np.asarray(array))
     restored = network.reconstruct(x[:100]).numpy()
@@ -606,6 +609,7 @@ def flag(default, parse, help_text, reuse=Reuse.FIXED, group=None, nargs=None):
 
 
 LEARN_RATES = ", ".join(f"{name}: {optimizer.learn_rate}" for name, optimizer in OPTIMIZERS.items())
+LEARN_RATE_HELP = f"initial learning rate, which decays to 0 ({LEARN_RATES})"
 STRATEGIES = ("none", "mirrored", "multi_worker")
 PRR_GROUP = "PRR: plot reproduction result"
 PMLR_GROUP = "PMLR: plot manifold learning result"
@@ -633,7 +637,7 @@ class Flags:
     dim_z_lower: int = flag(None, integer(1, 10_000), f"length of the lower z ({defaults_of('dim_z_lower')})")
     n_labels: int = flag(None, integer(1), "labelled digits per class, for labels (default: all)")
     optimizer: str = flag("sgd", one_of(*OPTIMIZERS), "sgd, with momentum and clipped gradients, or adam")
-    learn_rate: float = flag(None, real(1e-12, 1e6), f"at the start ({LEARN_RATES})", Reuse.RESUMABLE)
+    learn_rate: float = flag(None, real(1e-12, 1e6), LEARN_RATE_HELP, Reuse.RESUMABLE)
     num_epochs: int = flag(20, integer(1), "passes through the training digits", Reuse.RESUMABLE)
     batch_size: int = flag(128, integer(1, mnist_data.N_TRAIN), "mini-batch size")
     seed: int = flag(0, integer(0), "random seed of training and of new digits", Reuse.RELOADABLE)
@@ -665,7 +669,7 @@ class Flags:
     results_path: Path = flag(None, local_path, RESULTS_HELP, Reuse.PER_COMMAND, RUN_GROUP)
     resume: bool = flag(False, boolean, "continue the run in --results_path", Reuse.PER_COMMAND)
     overwrite: bool = flag(
-        False, boolean, "remove the run, or with --load its older output", Reuse.PER_COMMAND
+        False, boolean, "first remove the run or, with --load, replace earlier output", Reuse.PER_COMMAND
     )
     epoch_plots: bool = flag(False, boolean, EPOCH_PLOTS_HELP, Reuse.RESUME_DEFAULT)
     load: Path = flag(None, local_path, "load this run's network instead of training", Reuse.PER_COMMAND)
@@ -753,7 +757,10 @@ def parse_flags(arguments=None):
 
 
 def reuse_recorded_flags(parser, arguments, given):
-    """Returns the flags with a run's recorded ones as defaults. UserError if one changes that may not."""
+    """Returns the flags with a run's recorded ones as defaults.
+
+    UserError if a flag differs that must not change.
+    """
     run_folder = given.reused_run
     in_place = given.results_path is None or given.results_path.resolve() == run_folder.resolve()
     recorded = recorded_flags(run_folder)
@@ -804,7 +811,7 @@ def is_reused(reuse, flags):
 
 
 def is_fixed(reuse, flags, in_place):
-    """Returns whether --resume or --load refuses another value than the recorded one."""
+    """Returns whether --resume or --load refuses a value other than the recorded one."""
     if reuse is Reuse.RESUMABLE:
         return not flags.resume
     if reuse is Reuse.RELOADABLE:
@@ -813,7 +820,7 @@ def is_fixed(reuse, flags, in_place):
 
 
 def check_companions(flags, name, companions):
-    """Raises UserError if a flag is given together with others than its companions."""
+    """Raises UserError if a flag is given together with flags other than its companions."""
     for row in dataclasses.fields(Flags):
         is_given = getattr(flags, row.name) != row.default
         if is_given and row.name not in (name, *companions):
@@ -900,7 +907,7 @@ def load_data(flags):
             )
         if recorded.get("digits_sha256") != data.checksum():
             raise UserError(
-                f"load_mnist returns other digits than the run in {run_folder} was trained on: undo that"
+                f"load_mnist returns digits that the run in {run_folder} was not trained on: undo that change"
             )
     n_train = len(data.train_images)
     n_test = len(data.test_images)
@@ -1204,7 +1211,10 @@ def is_chief(flags):
 
 @contextlib.contextmanager
 def distribution_strategy(flags):
-    """Yields the tf.distribute strategy. Within, too little memory or a lost worker is a UserError."""
+    """Yields the tf.distribute strategy.
+
+    Inside the context, running out of memory or losing a worker raises UserError.
+    """
     errors = tf.errors
     lost = ()
     with contextlib.ExitStack() as cleanup:
@@ -1239,7 +1249,7 @@ def distribution_strategy(flags):
 def mirrored_strategy():
     """Returns the strategy over this machine's devices: always the same one.
 
-    TensorFlow would confuse the gradients of another network with those of a strategy made before.
+    With a second strategy in the process, TensorFlow would confuse its network's gradients with the first's.
     """
     return tf.distribute.MirroredStrategy()
 
@@ -1447,7 +1457,7 @@ def explore(flags, load_tensorflow):
         import plot_utils
 
         figure = plot_utils.open_window()
-    except (RuntimeError, ValueError) as error:  # Matplotlib's, of what MPLBACKEND asks for
+    except (RuntimeError, ValueError) as error:  # raised by Matplotlib for the backend that MPLBACKEND names
         browser = "to use a browser, pip install tornado and set MPLBACKEND=webagg"
         raise UserError(f"--explore: {error_message(error)}; {browser}") from error
     log("loading TensorFlow")
@@ -1493,10 +1503,11 @@ def import_tensorflow(flags=None):
 
 
 def start_tensorflow(flags):
-    """The same in a process of our own, ignoring the user's configuration and start-up messages."""
+    """Does the same in a process of our own: ignores Keras' configuration and hides start-up messages."""
     os.environ |= {"KERAS_BACKEND": "tensorflow", "KERAS_HOME": os.devnull, "TF_USE_LEGACY_KERAS": "0"}
     os.environ["TF_DETERMINISTIC_OPS"] = "1"  # or a GPU would give other bits in every run
-    # Without autotuning, which that ends, Triton's matrix products take up to ten times as long as cuBLAS'.
+    # That also disables autotuning, without which Triton's matrix products are up to ten times slower than
+    # cuBLAS'.
     os.environ["XLA_FLAGS"] = f"--xla_gpu_enable_triton_gemm=false {os.environ.get('XLA_FLAGS', '')}"
     os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")  # other programs may use a GPU, too
     # When a worker is lost, TensorFlow logs many lines, then raises.
@@ -1567,7 +1578,7 @@ if __name__ == "__main__":
         # Closed: without this, TensorFlow's messages would go into whatever file gets its number.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         sys.stderr = os.fdopen(2, "w")
-    # A notebook exports its own backend, which another Python may lack; any other counts for a window only.
+    # A notebook exports its own backend, which another Python may lack; others matter only for a window.
     if not any(argument.startswith("--explore") for argument in sys.argv):
         os.environ["MPLBACKEND"] = "agg"
     elif os.environ.get("MPLBACKEND", "").startswith("module://"):

@@ -54,14 +54,14 @@ def uniform(shape, seed, stream):
 def fold_in(seed, number):
     """Returns a new seed that depends on both.
 
-    tf.random.fold_in, without the seed's sign: XLA folds a negative seed otherwise than eager execution.
+    tf.random.fold_in, without the seed's sign: XLA and eager execution fold a negative seed differently.
     """
     return tf.random.fold_in(tf.bitwise.bitwise_and(seed, 2**31 - 1), number)
 
 
 @tf.function(jit_compile=True, autograph=False, reduce_retracing=True)
 def random_uniform(n, seed):
-    """Returns n uniform draws from (0, 1), two of each random 32-bit integer, which saves 4% of an epoch.
+    """Returns n uniform draws from (0, 1), two from each random 32-bit integer, which saves 4% of an epoch.
 
     Threefry, XLA's generator, exists in compiled code only. TensorFlow's would make an epoch with noise twice
     as long.
@@ -95,7 +95,8 @@ def dropout(h, keep_prob, seed, layer):
     """Zeros each unit of h: (batch, ...) with probability 1 - keep_prob; divides the others by keep_prob.
 
     This preserves the mean (Srivastava et al. 2014). keep_prob may be a tensor that changes during training.
-    With None, in evaluation, or the number 1, h is returned unchanged. layer: its number, from 0.
+    If keep_prob is None (in evaluation) or the number 1, h is returned unchanged. layer: the layer's number,
+    from 0.
     """
     if keep_prob is None or (not tf.is_tensor(keep_prob) and keep_prob == 1):
         return h
@@ -105,7 +106,10 @@ def dropout(h, keep_prob, seed, layer):
 
 
 def salt_and_pepper(x, noise_level, seed):
-    """Returns x: (batch, n_pixels), each pixel replaced with probability noise_level: with 0 or 1, evenly."""
+    """Returns x: (batch, n_pixels) with each pixel replaced, with probability noise_level, by 0 or 1.
+
+    Both are equally likely.
+    """
     u = uniform(tf.shape(x), seed, Stream.NOISE)
     black_or_white = tf.where(u < noise_level / 2, 0.0, 1.0)
     return tf.where(u < noise_level, black_or_white, x)
@@ -300,7 +304,7 @@ def as_float32(array):
 def as_batch(data):
     """Returns a Batch from a Batch, from images, or from what Keras' `fit` passes on: (x,) or (x, y).
 
-    In (x, y), y: (batch,) are labels, and y: (batch, n_pixels) are the targets of inputs x.
+    In (x, y), a y of shape (batch,) holds labels, and one of shape (batch, n_pixels) the targets of inputs x.
     """
     if isinstance(data, Batch):
         targets, inputs, labels = data
@@ -323,7 +327,7 @@ def as_batch(data):
 
 
 def hidden_layer(units, activation, **options):
-    """Returns a dense layer with He's initialization."""
+    """Returns a dense layer with the initialization of He et al. (arXiv:1502.01852)."""
     return keras.layers.Dense(units, activation, kernel_initializer="he_normal", **options)
 
 
@@ -362,7 +366,7 @@ class VAE(keras.Model):
     # Initial biases of the decoder's first layer, in standard deviations of its weights. With 0, all of its
     # units would change sign at the origin of the latent plane: 1.5 nats worse after 6 epochs.
     decoder_bias_scale = 2.0
-    has_log_joint = True  # whether p(x|z) is a function of z alone, so that log p(x, z) can be computed
+    has_log_joint = True  # whether the decoder depends on z alone, so that log p(x, z) can be computed
 
     def __init__(self, dim_z=2, n_hidden=500, mean_image=0.5, seed=0, n_pixels=784):
         super().__init__(name="vae", dtype="float32")
@@ -415,7 +419,7 @@ class VAE(keras.Model):
 
     @property
     def dim_z_bottom(self):
-        """Length of the latent vector that the decoder gets: z, unless a model has several layers of them."""
+        """Length of the decoder's input: that of z, unless a model has several layers of latent variables."""
         return self.dim_z
 
     def make_layers(self, mean_image):
@@ -481,7 +485,7 @@ class VAE(keras.Model):
         return reconstruction, self.prior.kl_divergence(self.posterior, q, z)
 
     def training_loss(self, batch, *, seed, keep_prob, kl_weight):
-        """Returns what training minimizes, (batch,), and the two terms to log. The papers override it."""
+        """Returns what training minimizes, (batch,), and the two terms to log; overridden by other models."""
         return self.negative_elbo(batch, seed=seed, keep_prob=keep_prob, kl_weight=kl_weight)
 
     def train_step(self, data, seed=None, keep_prob=1.0, kl_weight=1.0):
@@ -547,9 +551,9 @@ class VAE(keras.Model):
     def importance_sampling(self, batch, n_importance, *, seed):
         """Returns log p(x) in nats and the effective sample size, (batch,) each.
 
-        log p(x) ~ logsumexp_k log_weights_k - log n_importance. With one sample its mean is the ELBO; it
-        rises with their number towards log p(x) (Burda et al. 2016, section 3). The effective sample size,
-        (sum_k w_k)^2 / sum_k w_k^2, is n_importance if all weights are equal and 1 if one dominates.
+        log p(x) ~ logsumexp_k log_weights_k - log n_importance. With one sample, its expectation is the ELBO;
+        it rises towards log p(x) as n_importance grows (Burda et al. 2016, section 3). The effective sample
+        size, (sum_k w_k)^2 / sum_k w_k^2, is n_importance if all weights are equal and 1 if one dominates.
         """
         batch = as_batch(batch)
         seed = fold_in(seed, int(Stream.IMPORTANCE))
@@ -631,7 +635,7 @@ class VAE(keras.Model):
         return {}
 
     def fingerprint(self):
-        """Returns numbers that identify what the network computes: -ELBO, its terms, an importance weight."""
+        """Returns numbers that identify what the network computes: -ELBO, its two terms, a log weight."""
         with tf.device("CPU"):  # a GPU rounds differently
             image = tf.reverse(self.mean_image, axis=[0])[None]  # reversed, because centring would make it 0
             batch = Batch(image, image, tf.zeros(1, tf.int32))
@@ -701,7 +705,7 @@ class GaussianPixels(Likelihood):
 
     @property
     def log_std(self):
-        """Above log(1/255): a smaller std would say more than grey levels have."""
+        """Above log(1/255): a smaller std would claim more precision than grey levels have."""
         return tf.nn.softplus(self.raw_std) - math.log(255)
 
     def log_prob(self, x, logits):
@@ -748,7 +752,7 @@ class StickBreaking(VAE):
     decoder_bias_scale = 0.0  # sticks are small: biases would dominate them
 
     def make_prior(self):
-        return StandardNormal()  # of which the map to sticks makes the paper's
+        return StandardNormal()  # which the map to sticks turns into the paper's prior
 
     def sticks(self, z):
         """Returns the sticks, (..., dim_z + 1), for z: (..., dim_z). They sum to 1; the last is the rest."""
@@ -776,10 +780,11 @@ class LadderSample(NamedTuple):
 class Ladder(VAE):
     """Ladder VAE with two layers of latent variables: Sønderby et al., arXiv:1602.02282.
 
-    p(z_2) = N(0, I), p(z_1|z_2) a Gaussian by a network, p(x|z_1) the decoder. q(z_1|z_2, x) is the product
-    of p(z_1|z_2) and the encoder's Gaussian: precisions add (equations 17 and 18). encode, decode and sample
-    refer to z_2, of dim_z numbers; the decoder takes z_1, of dim_z_lower numbers. The paper has up to five
-    layers and batch normalization. The layers bottom_up_* and top_down_* have no dropout.
+    p(z_2) = N(0, I), p(z_1|z_2) is a Gaussian parameterized by a network, and p(x|z_1) the decoder.
+    q(z_1|z_2, x) is the product of p(z_1|z_2) and the encoder's Gaussian: precisions add (equations 17 and
+    18). encode, decode and sample refer to z_2, of dim_z numbers; the decoder takes z_1, of dim_z_lower
+    numbers. The paper has up to five layers and batch normalization. The layers bottom_up_* and top_down_*
+    have no dropout.
     """
 
     has_log_joint = False  # p(x|z_2) would be an integral over z_1
@@ -912,7 +917,7 @@ class Stein(VAE):
     """
 
     FITTED = 64
-    FITTED_SEED = (-1, -1)  # no epoch has this number, so these are no particles of the training
+    FITTED_SEED = (-1, -1)  # no epoch has this number, so training never draws these particles
 
     def __init__(self, *arguments, n_samples=20, **options):
         self.n_samples = n_samples
@@ -959,7 +964,7 @@ class Stein(VAE):
             log_px_given_z = self.likelihood.log_prob(batch.targets, logits)
             log_joint = log_px_given_z + kl_weight * self.prior.log_prob(fixed)
         direction = svgd_direction(fixed, tape.gradient(log_joint, fixed), kl_weight)
-        # Its gradient with respect to z is minus the direction.
+        # Its gradient with respect to z is minus the direction / n_samples.
         svgd_surrogate = -tf.reduce_mean(tf.reduce_sum(tf.stop_gradient(direction) * z, axis=-1), axis=0)
         reconstruction = -tf.reduce_mean(log_px_given_z, axis=0)
         kl = self.prior.kl_divergence(self.posterior, self.fit_gaussian(fixed), fixed[0])
@@ -987,7 +992,7 @@ def svgd_direction(z, score, repulsion=1.0):
 class Labels(VAE):
     """Images and labels: Pu et al., arXiv:1609.08976, without their convolutions and captions.
 
-    A linear support vector machine, one class against the others, predicts the label from z. On labelled
+    A linear one-versus-rest support vector machine predicts the label from z. On labelled
     digits its hinge loss also trains the encoder: the objective is ELBO - HINGE_WEIGHT E_q[hinge(y, z)]. The
     paper has xi E_q[log p(y|z)], with p of a Bayesian support vector machine.
     """

@@ -11,6 +11,7 @@ import csv
 import io
 import json
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -47,10 +48,9 @@ def arrays_of(path):
 def read_events(path):
     """Returns the numbers in an event file, {(name, epoch): number}, without times."""
     numbers = {}
-    with tempfile.NamedTemporaryFile() as copy:  # whose name TensorFlow can read
-        copy.write(path.read_bytes())
-        copy.flush()
-        for event in run_main.tf.compat.v1.train.summary_iterator(copy.name):
+    with tempfile.TemporaryDirectory() as folder:
+        copy = shutil.copy(path, Path(folder, "events"))  # whose name TensorFlow can read
+        for event in run_main.tf.compat.v1.train.summary_iterator(str(copy)):
             for value in event.summary.value:
                 if value.HasField("simple_value") and value.tag != "seconds":
                     assert (value.tag, event.step) not in numbers

@@ -780,7 +780,7 @@ def test_a_run_refuses_digits_of_a_changed_load_mnist(run, trained, few_digits, 
     before = files(trained)
     for command in (["--resume", f"--results_path={trained}"], [f"--load={trained}"]):
         assert run(*command) == 2
-        assert_mentions(one_line(capsys.readouterr().err), ["load_mnist", "other digits", str(trained)])
+        assert_mentions(one_line(capsys.readouterr().err), ["load_mnist", "not trained on", str(trained)])
     assert files(trained) == before
 
 

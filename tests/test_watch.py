@@ -144,14 +144,14 @@ def test_bits_do_not_depend_on_the_steps_per_call(few_digits, monkeypatch, argum
     flags = run_main.parse_flags(["--n_hidden=16", "--batch_size=100", "--num_epochs=2", *arguments])
     digits = run_main.prepare_digits(few_digits, flags)
     found = []
-    for n_steps in (1_000, 20, 7, 1):
+    for n_steps in (1_000, 3):
         monkeypatch.setattr(run_main, "STEPS_PER_CALL", n_steps)
         state = run_main.TrainingState(run_main.build_network(digits, flags))
         strategy = run_main.tf.distribute.get_strategy()
         rows = [row | {"seconds": 0} for row in run_main.train(state, digits, flags, strategy)]
         variables = [variable.numpy().tobytes() for variable in run_main.state_variables(state.network)]
         found.append((rows, variables))
-    assert found[1:] == found[:1] * 3
+    assert found[0] == found[1]
 
 
 # --- Pictures while training --------------------------------------------------------------------------
