@@ -4,6 +4,7 @@ Digits are white on black. A batch of them is (n, n_pixels) with values in [0, 1
 columns and n_y rows from the top left, row by row.
 """
 
+import contextlib
 import io
 import math
 from functools import cached_property
@@ -11,8 +12,7 @@ from typing import NamedTuple
 
 import matplotlib.style
 import numpy as np
-from matplotlib.backend_bases import MouseButton
-from matplotlib.backends.registry import BackendFilter, backend_registry
+from matplotlib.backend_bases import MouseButton, TimerBase
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image  # comes with Matplotlib
@@ -48,8 +48,8 @@ def draw(state, digits, flags, measured=None, names=None):
     """
     data = PlotData(state.network, digits, flags, state.history, state.frames, measured)
     pictures = {}
-    for name in names or PICTURES:
-        content = PICTURES[name](data)
+    for name, draw_picture in PICTURES.items():
+        content = draw_picture(data) if names is None or name in names else None
         if content is not None:
             pictures[name] = content
     return pictures
@@ -532,7 +532,8 @@ def draw_comparison(groups, labels):
             file = next((file for file in files if file.exists()), None)
             if file:
                 axes.imshow(Image.open(file).convert("RGB"))
-                axes.set_title(f"{labels[j]}\n{file.parent.name}/{file.name}", fontsize="small")
+                title = f"{labels[j]}\n{file.parent.name}/{file.name}"
+                axes.set_title(title, fontsize="small", parse_math=False)
     return file_content(figure.savefig, format="png")
 
 
@@ -543,14 +544,18 @@ PEN_RADIUS = 6  # pixels
 REDRAW_MILLISECONDS = 10
 
 
-def open_window():
-    """Returns a figure for a window, which `Explorer.show` opens; RuntimeError without a display."""
+@contextlib.contextmanager
+def window():
+    """Yields a figure for a window, which `Explorer.show` opens; RuntimeError without a display."""
     import matplotlib.pyplot as plt
 
     figure = plt.figure("the latent space", figsize=(12, 7))
-    if plt.get_backend().lower() in backend_registry.list_builtin(BackendFilter.NON_INTERACTIVE):
-        raise RuntimeError("there is no display")
-    return figure
+    try:
+        if type(figure.canvas.new_timer()) is TimerBase:  # which never fires: the backend has no event loop
+            raise RuntimeError("there is no display")
+        yield figure
+    finally:
+        plt.close(figure)
 
 
 class Explorer:
@@ -560,6 +565,7 @@ class Explorer:
     (PAPER_SIDE, PAPER_SIDE), to the written digit's z, its reconstruction and its ELBO.
     """
 
+    @matplotlib.style.context("default")
     def __init__(self, figure, mean, labels, decode, examine):
         self.figure = figure
         self.decode = decode
@@ -603,7 +609,7 @@ class Explorer:
         import matplotlib.pyplot as plt
 
         self.timer.start()
-        plt.show()
+        plt.show(block=True)
 
     def on_mouse(self, event):
         """Notes where the mouse is; draws a stroke while its button is pressed on the paper."""
@@ -620,9 +626,10 @@ class Explorer:
 
     def write(self, point):
         """Draws a stroke on the paper from where the pen was to a point."""
-        stroke = point - (point if self.pen is None else self.pen)
-        start = point - stroke
-        pixels = np.stack(np.meshgrid(*2 * [np.arange(PAPER_SIDE) + 0.5]), axis=-1) - start
+        start = point if self.pen is None else self.pen
+        stroke = point - start
+        centres = np.arange(PAPER_SIDE) + 0.5
+        pixels = grid_points(centres, centres).reshape(PAPER_SIDE, PAPER_SIDE, 2) - start
         along = np.clip(pixels @ stroke / max(stroke @ stroke, 1e-9), 0, 1)
         distance = np.linalg.norm(pixels - along[..., np.newaxis] * stroke, axis=-1)
         self.ink = np.maximum(self.ink, np.clip(PEN_RADIUS + 1 - distance, 0, 1))

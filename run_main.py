@@ -22,7 +22,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import zipfile
 from collections.abc import Callable
@@ -82,6 +81,7 @@ class TrainingState:
     history: list[dict] = field(default_factory=list)  # the rows of log.csv
     frames: list[np.ndarray] = field(default_factory=list)  # of manifold.gif, (height, width) uint8
     drawing_seconds: float = 0.0  # spent on pictures while training
+    events: "tf.summary.SummaryWriter | None" = None  # of the event file for TensorBoard
 
 
 def run(flags, load_tensorflow):
@@ -190,8 +190,8 @@ def dropout_keep_prob(epochs, flags):
     """
     if flags.keep_prob == 1:
         return 1.0
-    progress = tf.minimum(1.0, epochs / (DROPOUT_ANNEALING * flags.num_epochs))
-    return flags.keep_prob + (1 - flags.keep_prob) * progress
+    fraction = tf.minimum(1.0, epochs / (DROPOUT_ANNEALING * flags.num_epochs))
+    return flags.keep_prob + (1 - flags.keep_prob) * fraction
 
 
 def kl_weight(epochs, flags):
@@ -260,15 +260,18 @@ def train(state, digits, flags, strategy):
     def running_elbo():
         return f"train {-network.get_metrics_result()['negative_elbo']:.2f}"
 
+    # Reading a metric is an exchange between workers, but only the chief may have a terminal.
+    status = None if flags.distribute == "multi_worker" else running_elbo
     for epoch in range(len(state.history) + 1, flags.num_epochs + 1):
         start = time.perf_counter()
         learn_rate = float(network.optimizer.learning_rate)
         order = tf.random.experimental.stateless_shuffle(tf.range(n_images), [flags.seed, epoch])
         batches = tf.reshape(order[: n_steps * flags.batch_size], (n_steps, flags.batch_size))
         network.reset_metrics()
-        for first in progress(range(0, n_steps, STEPS_PER_CALL), f"epoch {epoch}", running_elbo):
+        for first in progress(range(0, n_steps, STEPS_PER_CALL), f"epoch {epoch}", status):
             last = min(first + STEPS_PER_CALL, n_steps)
-            train_steps(images, labels, batches, *tf.constant([epoch, first, last]))
+            steps = (tf.constant(first), tf.constant(last))
+            train_steps(images, labels, batches, tf.constant(epoch), *steps)
         row = {"epoch": epoch} | log_columns("train", network.get_metrics_result())
         seconds = round(time.perf_counter() - start, 3)
         row |= log_columns("valid", evaluate(network, digits.valid))
@@ -831,6 +834,8 @@ def check_flags(flags):
     """Raises UserError for flags that do not go together."""
     if flags.resume and flags.overwrite:
         raise UserError("--resume continues a run and --overwrite removes it: they exclude each other")
+    if flags.load and flags.epoch_plots:
+        raise UserError("--epoch_plots is for training, and --load does not train")
     if flags.load and flags.distribute != "none":
         raise UserError("--distribute is for training, and --load does not train")
     if flags.PMLR and flags.dim_z != 2:
@@ -845,6 +850,11 @@ def check_flags(flags):
         raise UserError(f"--warm_up {flags.warm_up} is longer than --num_epochs {flags.num_epochs}")
     if flags.noise_level != 0.5 and not flags.add_noise:
         raise UserError("--noise_level has no effect without --add_noise")
+    check_model_flags(flags)
+
+
+def check_model_flags(flags):
+    """Raises UserError for flags that do not go with the model."""
     if flags.binarize and flags.model == "least_squares":
         raise UserError("--binarize: --model least_squares is for grey levels")
     model = MODELS[flags.model]
@@ -942,7 +952,8 @@ def claim_folder(flags, data, state):
         names = ["log.csv", "metrics.json", "latent.npz", "vae.keras", *NEVER_REPLACED, *plot_utils.PICTURES]
         removed += [folder / name for name in names]
         removed += checkpoint_files(folder).values()
-        removed += [*folder.glob("epochs/PRR_epoch_*.png"), *folder.glob("epochs/PMLR_epoch_*.png")]
+        for prefix in plot_utils.EPOCH_PICTURES.values():
+            removed += folder.glob(f"epochs/{prefix}_epoch_[0-9]*[0-9].png")
         removed += folder.glob(EVENT_FILES)
     for file in removed:
         file.unlink(missing_ok=True)
@@ -959,7 +970,7 @@ def claim_folder(flags, data, state):
     }
     write_atomically(folder / "config.json", json.dumps(config, indent=2, default=str) + "\n")
     if not flags.load:
-        start_events(folder, state.history)
+        start_events(state, folder)
     return folder
 
 
@@ -969,7 +980,7 @@ def code_checksum(name):
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
             del node.body[0]
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:8]
+    return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:8]
 
 
 def read_json(path):
@@ -1041,6 +1052,8 @@ def save_epoch(state, digits, flags, folder):
         np.savez(part, **arrays)
     for file in list(checkpoint_files(folder).values())[:-2]:
         file.unlink()
+    for name in ("metrics.json", "latent.npz"):  # of an earlier state
+        (folder / name).unlink(missing_ok=True)
     write_log(folder, state.history)
     draw_epoch(state, digits, flags, folder)
 
@@ -1057,7 +1070,7 @@ def draw_epoch(state, digits, flags, folder):
         for name, content in pictures.items():
             write_atomically(folder / name, content)
         state.drawing_seconds += time.perf_counter() - start
-    add_events(folder, epoch, state.history[-1], pictures)
+    add_events(state, epoch, state.history[-1], pictures)
     if flags.epoch_plots:
         pictures = plot_utils.draw(state, digits, flags, names=plot_utils.EPOCH_PICTURES)
         for name, content in pictures.items():
@@ -1139,7 +1152,8 @@ def save_results(state, digits, flags, folder):
             trained.save(part)
     pictures = plot_utils.draw(state, digits, flags, arrays)
     if not flags.load:
-        add_events(folder, len(state.history), metrics, pictures)
+        add_events(state, len(state.history), metrics, pictures)
+        state.events.close()
     for name in plot_utils.PICTURES:
         if name not in pictures:  # of an earlier state
             (folder / name).unlink(missing_ok=True)
@@ -1149,42 +1163,36 @@ def save_results(state, digits, flags, folder):
 
 # --- TensorBoard --------------------------------------------------------------------------------------
 
-EVENT_FILES = "events.out.tfevents.*.run_main"
+EVENT_SUFFIX = ".run_main"
+EVENT_FILES = f"events.out.tfevents.*{EVENT_SUFFIX}"
 
 
-def start_events(folder, history):
-    """Writes a run's history to a new event file, in place of an older one: then each epoch is shown once."""
-    old_files = list(folder.glob(EVENT_FILES))
-    file = folder / EVENT_FILES.replace("*", str(time.time_ns()))
-    append_event(file, tf.compat.v1.Event(wall_time=time.time(), file_version="brain.Event:2"))
-    for row in history:
-        add_events(folder, row["epoch"], row, pictures={})
-    for old_file in old_files:
+def start_events(state, folder):
+    """Opens a run's event file, in place of an older one, and writes the run's history to it."""
+    for old_file in folder.glob(EVENT_FILES):
         old_file.unlink()
+    state.events = tf.summary.create_file_writer(os.fsencode(folder), filename_suffix=EVENT_SUFFIX)
+    for row in state.history:
+        add_events(state, row["epoch"], row, pictures={})
 
 
-def add_events(folder, epoch, numbers, pictures):
-    """Appends an epoch's numbers and pictures, each by name, to a run's event file."""
+def add_events(state, epoch, numbers, pictures):
+    """Appends the numbers and pictures of an epoch, each by name, to a run's event file.
+
+    tf.summary.scalar and tf.summary.image would need TensorBoard to be installed.
+    """
     summary = tf.compat.v1.Summary()
     for name, number in numbers.items():
-        summary.value.add(tag=name, simple_value=number)
+        if name != "epoch":
+            summary.value.add(tag=name, simple_value=number)
     for name, content in pictures.items():
         if name.endswith(".png"):
             height, width, channels = tf.io.decode_png(content).shape
             image = {"height": height, "width": width, "colorspace": channels}
             summary.value.add(tag=name, image=image | {"encoded_image_string": content})
-    newest = max(folder.glob(EVENT_FILES))
-    append_event(newest, tf.compat.v1.Event(wall_time=time.time(), step=epoch, summary=summary))
-
-
-def append_event(file, event):
-    """Appends an event to a file, in place: a running TensorBoard would not notice that it is replaced."""
-    with tempfile.TemporaryDirectory() as folder:
-        record = Path(folder, "record")
-        with tf.io.TFRecordWriter(str(record)) as writer:
-            writer.write(event.SerializeToString())
-        with file.open("ab") as opened:
-            opened.write(record.read_bytes())
+    with state.events.as_default():
+        tf.summary.experimental.write_raw_pb(summary.SerializeToString(), step=epoch)
+    state.events.flush()
 
 
 # --- Several devices and machines ---------------------------------------------------------------------
@@ -1336,8 +1344,8 @@ class RecordedRun:
     """What a run has left in its folder."""
 
     folder: Path
-    setting: dict  # what determines its results besides the seed and the epochs: flags, checksums of scripts
-    epochs: str  # finished/planned
+    setting: dict  # what determines its results besides the seed: flags, checksums of scripts, epochs
+    seed: int
     digits_sha256: str
     history: list[dict]
     metrics: dict
@@ -1350,20 +1358,21 @@ def read_run(folder):
     setting = {}
     for row in dataclasses.fields(Flags):
         if row.metadata["reuse"] in (Reuse.FIXED, Reuse.RESUMABLE):
-            setting[row.name] = recorded[row.name]
+            setting[row.name] = recorded.get(row.name)
     setting |= config.get("scripts", {})
+    history = []
     try:
         with (folder / "log.csv").open() as file:
-            history = [{name: float(row[name] or "nan") for name in row} for row in csv.DictReader(file)]
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"--compare {folder}: no finished epoch in log.csv ({error_message(error)})"
-        ) from error
-    if not history or not {"valid_elbo", "seconds"} <= history[-1].keys():
-        raise UserError(f"--compare {folder}: no finished epoch in log.csv")
-    epochs = f"{len(history)}/{setting.pop('num_epochs')}"
+            for row in csv.DictReader(file):
+                history.append({name: float(row[name]) for name in ("valid_elbo", "seconds")})
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"--compare {folder}: cannot read log.csv: {error_message(error)}") from error
+    if not history:
+        raise UserError(f"--compare {folder}: the run has no finished epoch")
+    n_epochs = setting.pop("num_epochs")
+    setting["epochs"] = f"{len(history)}/{n_epochs}"
     metrics = read_json(folder / "metrics.json")
-    return RecordedRun(folder, setting, epochs, config.get("digits_sha256"), history, metrics)
+    return RecordedRun(folder, setting, recorded["seed"], config.get("digits_sha256"), history, metrics)
 
 
 def list_runs(paths):
@@ -1384,9 +1393,8 @@ def compare(flags):
     for run in runs:
         if run.digits_sha256 != runs[0].digits_sha256:
             raise UserError(f"--compare: {runs[0].folder} and {run.folder} were trained on different data")
-    picture = (flags.results_path or new_folder("compare")) / "comparison.png"
-    if picture.exists() and not flags.overwrite:
-        raise UserError(f"{picture} already exists: move it, or add --overwrite")
+    if flags.results_path and (flags.results_path / "comparison.png").exists() and not flags.overwrite:
+        raise UserError(f"comparison.png already exists in {flags.results_path}: move it, or add --overwrite")
     groups = group_seeds(runs)
     differing = differing_settings(groups)
     log(comparison_table(groups, differing))
@@ -1396,17 +1404,19 @@ def compare(flags):
         labels.append(", ".join(setting or [group[0].folder.name]))
     import plot_utils  # needs no TensorFlow
 
-    write_atomically(picture, plot_utils.draw_comparison(groups, labels))
+    content = plot_utils.draw_comparison(groups, labels)
+    picture = (flags.results_path or new_folder("compare")) / "comparison.png"
+    write_atomically(picture, content)
     log(f"the curves and pictures are in {picture}")
 
 
 def group_seeds(runs):
-    """Returns lists of runs that differ in nothing but the seed."""
+    """Returns lists of runs that differ in nothing but the seed; of equal seeds, the first run."""
     groups = {}
     for run in runs:
-        key = json.dumps([run.setting, run.epochs])
-        groups.setdefault(key, []).append(run)
-    return list(groups.values())
+        runs_by_seed = groups.setdefault(json.dumps(run.setting), {})
+        runs_by_seed.setdefault(run.seed, run)
+    return [list(runs_by_seed.values()) for runs_by_seed in groups.values()]
 
 
 def differing_settings(groups):
@@ -1419,25 +1429,34 @@ def differing_settings(groups):
 def comparison_table(groups, differing):
     """Returns a table as text: a row per group of runs, with the settings in which they differ."""
     metrics = {"test ELBO": "test_elbo", "reconstruction": "test_reconstruction", "KL": "test_kl"}
-    rows = [["runs", *differing, "epochs", "valid ELBO", *metrics, "log p(x)", "s/epoch"]]
+    settings = list(dict.fromkeys([*differing, "epochs"]))
+    rows = [["runs", *settings, "valid ELBO", *metrics, "log p(x)", "s/epoch"]]
     for group in groups:
         first = group[0]
         row = [", ".join(run.folder.name for run in group)]
-        row += [str(first.setting.get(name, "")) for name in differing]
-        row += [first.epochs, mean_and_spread([run.history[-1]["valid_elbo"] for run in group])]
+        row += [str(first.setting.get(name, "")) for name in settings]
+        row.append(mean_and_spread([run.history[-1]["valid_elbo"] for run in group]))
         row += [mean_and_spread([run.metrics.get(name) for run in group]) for name in metrics.values()]
-        log_px = mean_and_spread([run.metrics.get("test_log_px") for run in group])
-        if len(group) == 1 and "test_log_px_standard_error" in first.metrics:
-            log_px += f" ± {first.metrics['test_log_px_standard_error']:.2f}"
         seconds = np.median([epoch["seconds"] for run in group for epoch in run.history])
-        rows.append([*row, log_px, f"{seconds:.1f}"])
+        rows.append([*row, log_px_cell(group), f"{seconds:.1f}"])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
         lines.append("  ".join(cells).rstrip())
-    lines.append("±: standard deviation over seeds; in a row of one run, standard error over digits")
+    lines.append("±: standard deviation over seeds; for a single run, standard error over digits")
     return "\n".join(lines)
+
+
+def log_px_cell(group):
+    """Returns log p(x) of a group as text, with the importance samples; "-" if these differ between runs."""
+    n_importance = {run.metrics.get("n_importance") for run in group}
+    if len(n_importance) > 1 or None in n_importance:
+        return "-"
+    log_px = mean_and_spread([run.metrics.get("test_log_px") for run in group])
+    if len(group) == 1 and "test_log_px_standard_error" in group[0].metrics:
+        log_px += f" ± {group[0].metrics['test_log_px_standard_error']:.2f}"
+    return f"{log_px} ({n_importance.pop():,} samples)"
 
 
 def mean_and_spread(values):
@@ -1453,21 +1472,27 @@ def explore(flags, load_tensorflow):
     latents = read_arrays(flags.load / "latent.npz")
     if not {"mean", "label"} <= latents.keys():
         raise UserError(f"--explore: {flags.load} has no latent.npz: run --load {flags.load} first")
-    try:
-        import plot_utils
+    n_pixels = read_json(flags.load / "config.json")["n_pixels"]
+    if n_pixels != mnist_data.N_PIXELS:
+        raise UserError(f"--explore needs images of {mnist_data.N_PIXELS} pixels, not {n_pixels}")
+    with contextlib.ExitStack() as cleanup:
+        try:
+            import plot_utils
 
-        figure = plot_utils.open_window()
-    except (RuntimeError, ValueError) as error:  # raised by Matplotlib for the backend that MPLBACKEND names
-        browser = "to use a browser, pip install tornado and set MPLBACKEND=webagg"
-        raise UserError(f"--explore: {error_message(error)}; {browser}") from error
-    log("loading TensorFlow")
-    load_tensorflow(flags)
-    state = TrainingState(build_network(None, flags))
-    restore_state(state, flags.load)
-    network = state.network
-    if network.n_pixels != mnist_data.N_PIXELS:
-        raise UserError(f"--explore needs images of {mnist_data.N_PIXELS} pixels, not {network.n_pixels}")
+            figure = cleanup.enter_context(plot_utils.window())
+        except (RuntimeError, ValueError) as error:  # raised for the backend that MPLBACKEND names
+            browser = "to use a browser, pip install tornado and set MPLBACKEND=webagg"
+            raise UserError(f"--explore: {error_message(error)}; {browser}") from error
+        log("loading TensorFlow")
+        load_tensorflow(flags)
+        state = TrainingState(build_network(None, flags))
+        restore_state(state, flags.load)
+        decode, examine = functions_to_explore(state.network)
+        plot_utils.Explorer(figure, latents["mean"], latents["label"], decode, examine).show()
 
+
+def functions_to_explore(network):
+    """Returns the compiled functions that an Explorer calls."""
     decode = tf.function(network.decode, jit_compile=True)
 
     @tf.function(jit_compile=True)
@@ -1481,8 +1506,7 @@ def explore(flags, load_tensorflow):
 
     decode(tf.zeros((1, network.dim_z)))  # compiles both before the window opens
     measure(tf.zeros((1, network.n_pixels)))
-    explorer = plot_utils.Explorer(figure, latents["mean"], latents["label"], decode, examine)
-    explorer.show()
+    return decode, examine
 
 
 # --- The process --------------------------------------------------------------------------------------

@@ -964,7 +964,7 @@ class Stein(VAE):
             log_px_given_z = self.likelihood.log_prob(batch.targets, logits)
             log_joint = log_px_given_z + kl_weight * self.prior.log_prob(fixed)
         direction = svgd_direction(fixed, tape.gradient(log_joint, fixed), kl_weight)
-        # Its gradient with respect to z is minus the direction / n_samples.
+        # Its gradient with respect to z is minus the direction, divided by n_samples.
         svgd_surrogate = -tf.reduce_mean(tf.reduce_sum(tf.stop_gradient(direction) * z, axis=-1), axis=0)
         reconstruction = -tf.reduce_mean(log_px_given_z, axis=0)
         kl = self.prior.kl_divergence(self.posterior, self.fit_gaussian(fixed), fixed[0])

@@ -62,8 +62,8 @@ def files(folder):
 
 
 def names(folder):
-    """Returns the names of what a folder holds, with * for the time in an event file's."""
-    return {re.sub(r"(?<=tfevents\.)\d+", "*", path.name) for path in folder.iterdir()}
+    """Returns the names of what a folder holds, with * for the variable part of an event file's."""
+    return {re.sub(r"(?<=tfevents\.).+(?=\.run_main)", "*", path.name) for path in folder.iterdir()}
 
 
 def one_line(err):

@@ -62,7 +62,7 @@ def test_runs_that_differ_in_the_seed_share_a_row(runs, tmp_path, capsys):
         assert shared[column] == f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}"
         assert heavy[column] == f"{metrics(runs / 'heavy', name):.2f}"
     log_px = [metrics(runs / "heavy", f"test_log_px{suffix}") for suffix in ("", "_standard_error")]
-    assert heavy["log p(x)"] == f"{log_px[0]:.2f} ± {log_px[1]:.2f}"
+    assert heavy["log p(x)"] == f"{log_px[0]:.2f} ± {log_px[1]:.2f} (2 samples)"
     assert shared["log p(x)"] == wide["log p(x)"] == "-"
     assert wide["valid ELBO"] == f"{read_log(runs / 'wide')[-1]['valid_elbo']:.2f}"
     assert float(wide["s/epoch"]) == pytest.approx(
@@ -206,3 +206,23 @@ def test_code_checksum_ignores_comments_and_docstrings(tmp_path, monkeypatch):
     for name, source in sources.items():
         (tmp_path / name).write_text(source)
     assert run_main.code_checksum("one") == run_main.code_checksum("same") != run_main.code_checksum("other")
+
+
+def test_a_row_has_each_seed_once(runs, tmp_path, capsys):
+    again = shutil.copytree(runs / "run1", tmp_path / "run3")
+    rows = compare(capsys, runs / "run1", runs / "run2", again, f"--results_path={tmp_path / 'out'}")
+    assert [row["runs"] for row in rows] in (["run1, run2"], ["run3, run2"], ["run2, run3"])
+
+
+@pytest.mark.quick
+def test_log_px_of_different_numbers_of_samples_is_not_averaged(tmp_path):
+    def row(*n_importance):
+        group = []
+        for i, n in enumerate(n_importance):
+            metrics = {"test_log_px": -90.0 + i, "test_log_px_standard_error": 0.3, "n_importance": n}
+            group.append(run_main.RecordedRun(tmp_path, {}, i, "", [], metrics if n else {}))
+        return run_main.log_px_cell(group)
+
+    assert row(5_000) == "-90.00 ± 0.30 (5,000 samples)"
+    assert row(500, 500) == "-89.50 ± 0.71 (500 samples)"
+    assert row(500, 5_000) == row(500, None) == row(None) == "-"

@@ -1,5 +1,6 @@
 """--explore: the window on the latent space, with events of a mouse and a keyboard but without a screen."""
 
+import contextlib
 import shutil
 import subprocess
 import sys
@@ -196,7 +197,7 @@ def test_explore_shows_what_the_network_computes(trained, few_digits, monkeypatc
     figure = Figure((12, 7), dpi=50)
     FigureCanvasAgg(figure)
     shown = []
-    monkeypatch.setattr(plot_utils, "open_window", lambda: figure)
+    monkeypatch.setattr(plot_utils, "window", lambda: contextlib.nullcontext(figure))
     monkeypatch.setattr(plot_utils.Explorer, "show", lambda explorer: shown.append(explorer))  # noqa: PLW0108
     monkeypatch.setattr(mnist_data, "load_mnist", None)
     before = files(trained)
@@ -264,3 +265,14 @@ def test_a_run_without_latents_or_a_plane_is_one_line(run, trained, tmp_path, ca
 def test_wrong_arguments_are_one_line(capsys, arguments, words):
     assert run_main.main(arguments) == 2
     assert_mentions(one_line(capsys.readouterr().err), words)
+
+
+@pytest.mark.quick
+def test_without_an_event_loop_no_figure_stays_open():
+    import matplotlib.pyplot as plt
+
+    plt.switch_backend("agg")
+    before = plt.get_fignums()
+    with pytest.raises(RuntimeError, match="no display"), plot_utils.window():
+        pass
+    assert plt.get_fignums() == before

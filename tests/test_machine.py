@@ -3,6 +3,8 @@
 import functools
 import json
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -165,6 +167,17 @@ def test_a_guest_changes_nothing_and_is_silent(program, data_dir, tmp_path):
     assert Path(found["data set"]).is_relative_to(tmp_path / ".keras" / "datasets")
     megabytes = found["megabytes"]
     assert (megabytes[4] - megabytes[1]) / 3 < 60, megabytes
+
+
+def test_tests_are_collected_without_modules_of_posix():
+    """As on Windows."""
+    script = """
+import sys
+sys.modules |= dict.fromkeys(["fcntl", "grp", "pty", "pwd", "resource", "termios", "tty"])
+import pytest
+sys.exit(pytest.main(["--collect-only", "--quiet", "tests"]))
+"""
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
 
 def test_another_backend_of_keras_is_a_user_error(run, monkeypatch, capsys):

@@ -242,7 +242,7 @@ def test_a_constant_learning_rate_follows_the_flag(few_digits, tmp_path, monkeyp
     flags, saved = build(0.02)
     saved.network.optimizer.apply([tf.ones(weight.shape) for weight in saved.network.trainable_variables])
     saved.history = [{"epoch": 1, "seconds": 1.0}]
-    run_main.start_events(tmp_path, [])
+    run_main.start_events(saved, tmp_path)
     run_main.save_epoch(saved, None, flags, tmp_path)
     _, restored = build(0.001)
     run_main.restore_state(restored, tmp_path)
@@ -389,6 +389,18 @@ def test_what_was_measured_is_kept_when_a_picture_fails(run, trained, tmp_path, 
     assert (folder / "latent.npz").read_bytes() == (trained / "latent.npz").read_bytes()
     assert run(*command) == 0
     assert differences(what_is_left(folder), what_is_left(trained)) == []
+
+
+def test_an_extended_run_has_no_measurements_of_earlier_epochs(run, copy, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    assert {"metrics.json", "latent.npz"} < names(copy)
+    monkeypatch.setattr(run_main, "save_results", interrupt)
+    assert run("--resume", f"--results_path={copy}") == 130  # nothing was left to train
+    assert {"metrics.json", "latent.npz"} < names(copy)
+    assert run("--resume", f"--results_path={copy}", "--num_epochs=4") == 130
+    assert not {"metrics.json", "latent.npz"} & names(copy)
 
 
 def test_nan_is_a_one_line_error_and_keeps_the_good_state(run, copy, capsys):

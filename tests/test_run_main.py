@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import importlib
 import io
 import json
 import math
@@ -300,6 +301,19 @@ def test_the_readme_lists_the_flags_and_their_defaults():
             if default is not None:
                 assert text.removesuffix(".0") == str(default).removesuffix(".0"), name
     assert sorted(listed) == sorted(flag.name for flag in FLAGS)
+
+
+def test_the_readmes_table_of_the_lecture_names_functions_that_exist():
+    """In the file that its row names."""
+    rows = re.findall(r"^\| .* \| `(\w+)\.py` \| (`.*`) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert {file for file, _ in rows} == {"vae", "run_main", "mnist_data", "plot_utils"}
+    for file, functions in rows:
+        for name in re.findall(r"`([\w.]+)`", functions):
+            found = importlib.import_module(file)
+            for part in name.split("."):
+                found = getattr(found, part)
+            assert callable(found)
+            assert found.__module__ == file
 
 
 # --- digits -------------------------------------------------------------------------------------------
@@ -642,6 +656,20 @@ def test_output_files(trained, few_digits):
 
     rows = few_digits.test_images[:100].reshape(10, 10, 28, 28)
     np.testing.assert_array_equal(pixels(trained / "input.png"), np.vstack([np.hstack(row) for row in rows]))
+
+
+def test_the_readme_lists_every_output_file(trained):
+    listed = readme_files()
+    pictures = set(run_main.plot_utils.PICTURES)
+    assert names(trained) | pictures | set(run_main.NEVER_REPLACED) <= listed
+    assert listed - names(trained) - pictures - set(run_main.NEVER_REPLACED) == {"epochs", "comparison.png"}
+
+
+def readme_files():
+    """Returns the names in the first column of the README's table of output files."""
+    section = (ROOT / "README.md").read_text().split("## Output files")[1].split("\n## ")[0]
+    cells = re.findall(r"^\| (`.*?) \|", section, re.MULTILINE)
+    return {name.removesuffix("/") for cell in cells for name in re.findall(r"`(.*?)`", cell)}
 
 
 def test_printed_numbers_are_those_in_the_files(trained):

@@ -32,6 +32,7 @@ def on_terminal(script, columns=80, **env):
     fcntl.ioctl(child, termios.TIOCSWINSZ, np.array([25, columns, 0, 0], np.uint16).tobytes())
     command = [sys.executable, "-c", textwrap.dedent(script)]
     terminal = environment() | {"TERM": "xterm"} | env
+    terminal.pop("COLUMNS", None)
     streams = {"stdin": child, "stdout": child, "stderr": child}
     process = subprocess.Popen(command, env=terminal, cwd=ROOT, **streams)
     os.close(child)
@@ -139,6 +140,26 @@ def test_training_and_evaluation_show_their_progress(run, tmp_path, monkeypatch)
     assert counts == {"epoch 1": 2, "log p(x)": 50, "new digits": 2}
 
 
+def test_workers_show_no_running_elbo(few_digits, monkeypatch):
+    """Reading it is an exchange between all workers, but only the chief may have a terminal."""
+    flags = run_main.parse_flags(["--n_hidden=8", "--batch_size=500", "--num_epochs=1"])
+    digits = run_main.prepare_digits(few_digits, flags)
+    found = []
+
+    def record(items, what, status=None):
+        found.append(status)
+        return items
+
+    monkeypatch.setattr(run_main, "progress", record)
+    for distribute in ("none", "multi_worker"):
+        flags.distribute = "none"
+        state = run_main.TrainingState(run_main.build_network(digits, flags))
+        flags.distribute = distribute
+        list(run_main.train(state, digits, flags, run_main.tf.distribute.get_strategy()))
+    assert callable(found[0])
+    assert found[1] is None
+
+
 @pytest.mark.parametrize("arguments", [(), ("--binarize", "--add_noise", "--model=iwae")])
 def test_bits_do_not_depend_on_the_steps_per_call(few_digits, monkeypatch, arguments):
     flags = run_main.parse_flags(["--n_hidden=16", "--batch_size=100", "--num_epochs=2", *arguments])
@@ -175,7 +196,7 @@ PROGRESS = {"reconstruction.png", "samples.png", "manifold.png", "latent_map.png
 def test_pictures_are_drawn_while_training_if_that_costs_little(trained_state, tmp_path):
     state, digits, flags = trained_state
     flags.epoch_plots = False
-    (tmp_path / "events.out.tfevents.0.run_main").touch()
+    run_main.start_events(state, tmp_path)
     state.history[0]["seconds"] = 3  # 9 in all
     run_main.draw_epoch(state, digits, flags, tmp_path)
     assert names(tmp_path) == {run_main.EVENT_FILES}
@@ -193,11 +214,23 @@ def test_pictures_are_drawn_while_training_if_that_costs_little(trained_state, t
 
 
 @pytest.mark.quick
+def test_a_removed_picture_is_not_drawn_while_training(trained_state, tmp_path, monkeypatch):
+    """As after the edit that the README advises for pictures that need labels."""
+    state, digits, flags = trained_state
+    run_main.start_events(state, tmp_path)
+    monkeypatch.delitem(run_main.plot_utils.PICTURES, "samples.png")
+    monkeypatch.delitem(run_main.plot_utils.PICTURES, "manifold.png")
+    run_main.draw_epoch(state, digits, flags, tmp_path)
+    assert PROGRESS - names(tmp_path) == {"samples.png", "manifold.png"}
+    assert names(tmp_path / "epochs") == {"PRR_epoch_02.png"}
+
+
+@pytest.mark.quick
 def test_the_last_epoch_draws_nothing_since_the_end_does(trained_state, tmp_path):
     state, digits, flags = trained_state
     flags.num_epochs = 2
     flags.epoch_plots = False
-    (tmp_path / "events.out.tfevents.0.run_main").touch()
+    run_main.start_events(state, tmp_path)
     run_main.draw_epoch(state, digits, flags, tmp_path)
     assert names(tmp_path) == {run_main.EVENT_FILES}
 
@@ -261,7 +294,8 @@ def test_event_file_has_the_log_the_metrics_and_the_pictures(run, tmp_path):
     metrics = json.loads((folder / "metrics.json").read_text())
     expected = {(3, name): value for name, value in metrics.items()}
     for row in log:
-        expected |= {(int(row["epoch"]), name): float(value) for name, value in row.items()}
+        epoch = int(row.pop("epoch"))
+        expected |= {(epoch, name): float(value) for name, value in row.items()}
     assert numbers == pytest.approx(expected)
     assert pictures == {path.name: path.read_bytes() for path in folder.glob("*.png")}
 
