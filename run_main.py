@@ -974,6 +974,7 @@ def claim_folder(flags, data, state):
     return folder
 
 
+@functools.cache
 def code_checksum(name):
     """Returns the beginning of the SHA-256 of a script's code, without its docstrings and comments."""
     tree = ast.parse(Path(__file__).with_name(name).read_bytes())

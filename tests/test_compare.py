@@ -19,11 +19,12 @@ import run_main
 def runs(run, tmp_path_factory):
     """A folder with three runs that differ in the seed, and two others."""
     folder = tmp_path_factory.mktemp("compare") / "results"
+    no_plots = ("--PMLR=False", "--PRR=False")
     flags = {
         "run1": ["--seed=1"],
-        "run2": ["--seed=2", "--PMLR=False"],
-        "run10": ["--seed=3", "--PMLR=False"],
-        "heavy": ["--kl_weight=4", "--n_importance=2", "--PMLR=False"],
+        "run2": ["--seed=2", *no_plots],
+        "run10": ["--seed=3", *no_plots],
+        "heavy": ["--kl_weight=4", "--n_importance=2", *no_plots],
         "wide": ["--dim_z=3"],
     }
     for name, arguments in flags.items():

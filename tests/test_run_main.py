@@ -831,12 +831,22 @@ def test_missing_data_are_a_one_line_error_and_create_no_folder(monkeypatch, tmp
 # --- afterwards ---------------------------------------------------------------------------------------
 
 
-def test_load_adds_metrics_and_changes_nothing_else(run, trained, tmp_path):
+def test_load_adds_metrics_and_changes_nothing_else(run, trained, tmp_path, monkeypatch):
     folder = shutil.copytree(trained, tmp_path / "run")
     old = read_metrics(folder) | {"n_importance": 1, "of the same network": 1.0}
     (folder / "metrics.json").write_text(json.dumps(old))
     before = files(folder)
-    assert run(f"--load={folder}", "--n_importance=2") == 0
+    shown = {}
+
+    def record(items, what, status=None):
+        shown[what] = len(items)
+        return items
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_main, "progress", record)
+        assert run(f"--load={folder}", "--n_importance=2") == 0
+    assert shown["log p(x)"] == 50
+    assert shown["log p(x) by quadrature"] > 100
     after = files(folder)
     changed = {str(name) for name in before | after if before.get(name) != after.get(name)}
     assert changed == {"metrics.json", "latent.npz"}

@@ -125,8 +125,8 @@ def test_training_and_evaluation_show_their_progress(run, tmp_path, monkeypatch)
 
     monkeypatch.setattr(run_main, "progress", record)
     monkeypatch.setattr(run_main, "STEPS_PER_CALL", 3)
-    more = ["--num_epochs=1", "--n_importance=1", "--n_generate=20000", f"--results_path={tmp_path / 'run'}"]
-    assert run(*more) == 0
+    more = ["--dim_z=3", "--num_epochs=1", "--n_importance=1", "--n_generate=20000"]
+    assert run(*more, f"--results_path={tmp_path / 'run'}") == 0
     epoch = [line for line in shown if line[0] == "epoch 1"]
     assert [n for _, n, _ in epoch] == [2, 2]  # 4 steps of 500 digits
     assert re.fullmatch(r"train -\d+\.\d\d", epoch[0][2])
@@ -136,7 +136,6 @@ def test_training_and_evaluation_show_their_progress(run, tmp_path, monkeypatch)
     assert elbos[-1] == pytest.approx(float(row["train_elbo"]), abs=0.0051)
     assert elbos[0] < elbos[-1]
     counts = {what: n for what, n, _ in shown}
-    assert counts.pop("log p(x) by quadrature") > 100
     assert counts == {"epoch 1": 2, "log p(x)": 50, "new digits": 2}
 
 
@@ -151,18 +150,15 @@ def test_workers_show_no_running_elbo(few_digits, monkeypatch):
         return items
 
     monkeypatch.setattr(run_main, "progress", record)
-    for distribute in ("none", "multi_worker"):
-        flags.distribute = "none"
-        state = run_main.TrainingState(run_main.build_network(digits, flags))
-        flags.distribute = distribute
-        list(run_main.train(state, digits, flags, run_main.tf.distribute.get_strategy()))
-    assert callable(found[0])
-    assert found[1] is None
+    state = run_main.TrainingState(run_main.build_network(digits, flags))
+    flags.distribute = "multi_worker"
+    list(run_main.train(state, digits, flags, run_main.tf.distribute.get_strategy()))
+    assert found == [None]
 
 
-@pytest.mark.parametrize("arguments", [(), ("--binarize", "--add_noise", "--model=iwae")])
-def test_bits_do_not_depend_on_the_steps_per_call(few_digits, monkeypatch, arguments):
-    flags = run_main.parse_flags(["--n_hidden=16", "--batch_size=100", "--num_epochs=2", *arguments])
+def test_bits_do_not_depend_on_the_steps_per_call(few_digits, monkeypatch):
+    noise = ["--binarize", "--add_noise"]
+    flags = run_main.parse_flags(["--n_hidden=16", "--batch_size=100", "--num_epochs=2", *noise])
     digits = run_main.prepare_digits(few_digits, flags)
     found = []
     for n_steps in (1_000, 3):
@@ -246,7 +242,8 @@ def test_epoch_plots_keeps_the_pictures_of_each_epoch(run, tmp_path):
     assert first.items() < second.items()
     assert {str(path) for path in second.keys() - first} == {"PRR_epoch_02.png", "PMLR_epoch_02.png"}
     (folder / "epochs" / "mine.png").touch()
-    assert run("--num_epochs=1", "--overwrite", "--dim_z=3", f"--results_path={folder}") == 0
+    overwrite = ["--overwrite", "--num_epochs=1", "--PMLR=False", "--PRR=False"]
+    assert run(*overwrite, f"--results_path={folder}") == 0
     assert names(folder / "epochs") == {"mine.png"}
 
 
@@ -283,7 +280,7 @@ def read_events(folder):
 
 def test_event_file_has_the_log_the_metrics_and_the_pictures(run, tmp_path):
     folder = tmp_path / "run"
-    assert run("--num_epochs=2", "--animate", f"--results_path={folder}") == 0
+    assert run("--num_epochs=2", "--animate", "--PRR=False", f"--results_path={folder}") == 0
     assert run("--num_epochs=3", "--resume", f"--results_path={folder}") == 0
     values = read_events(folder)
     numbers = {(step, name): value for step, name, value in values if isinstance(value, float)}
@@ -302,5 +299,3 @@ def test_event_file_has_the_log_the_metrics_and_the_pictures(run, tmp_path):
     before = files(folder)
     assert run(f"--load={folder}") == 0
     assert files(folder) == before
-    assert run("--num_epochs=1", "--overwrite", f"--results_path={folder}") == 0
-    assert {step for step, _, _ in read_events(folder)} == {1}
