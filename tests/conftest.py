@@ -15,7 +15,13 @@ SMALL = ("--n_hidden=32", "--batch_size=500")  # a network whose epochs take a f
 
 # `python -m pytest` without arguments runs these files in a second process: most of the time goes into
 # compiling, which uses one core.
-SECOND_PROCESS = ("test_distribute.py", "test_edits.py", "test_machine.py", "test_watch.py")
+SECOND_PROCESS = (
+    "test_compare.py",
+    "test_distribute.py",
+    "test_edits.py",
+    "test_machine.py",
+    "test_watch.py",
+)
 second_process = pytest.StashKey[subprocess.Popen]()
 output = pytest.StashKey[TextIO]()
 
