@@ -106,7 +106,7 @@ def work(name, n_epochs, augmented, setting):
 
 
 def measure(name, n_epochs, augmented=False, **setting):
-    """Returns the seconds of epochs, their images and the memory of a program, in a process of its own."""
+    """Returns the seconds of epochs, their images and the memory of a program, in a separate process."""
     command = [sys.executable, __file__, "--work", json.dumps([name, n_epochs, augmented, setting])]
     result = subprocess.run(command, check=True, capture_output=True, text=True)
     return json.loads(result.stdout.splitlines()[-1])

@@ -79,7 +79,7 @@ def wait_for_line(process, beginning):
 
 
 def wait_for_success(workers):
-    """Waits until two workers have succeeded, silently but for the chief; returns the chief's output."""
+    """Waits until two workers have succeeded, silently except for the chief; returns the chief's output."""
     outputs = [worker.communicate(timeout=120) for worker in workers]
     chief_output, chief_errors = outputs[0]
     assert chief_errors == ""

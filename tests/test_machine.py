@@ -26,8 +26,7 @@ font.size: 30
 KERAS_JSON = {"floatx": "float16", "epsilon": 0.1, "backend": "jax", "image_data_format": "channels_first"}
 UNUSUAL_NAME = os.fsdecode("b\\a[d*\xe9t\xe9".encode() + b"\xff")  # not even UTF-8
 
-# Another program, which calls main eight times and in the end prints what it found, as JSON. It has unusual
-# settings of its own.
+# Another program with unusual settings. It calls main five times and then prints what it found, as JSON.
 GUEST = """
 import dataclasses, gc, json, os, pathlib, random, signal, sys
 

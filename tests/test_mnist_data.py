@@ -353,7 +353,7 @@ def test_what_a_killed_download_left_is_removed(fake_mnist, tmp_path, serve, mon
     monkeypatch.setattr(mnist_data, "MIRRORS", (serve(fake_mnist),))
     mine = {".part-mine": b"1", f".part-1-{TEST_LABELS}.txt": b"2", f"part-12345678-{TEST_LABELS}": b"3"}
     write(tmp_path / "data", mine | {f".part-0123abcd-{name}": b"cut" for name in fake_mnist})
-    running = f".part-89abcdef-{TEST_LABELS}"  # of another process, which goes on
+    running = f".part-89abcdef-{TEST_LABELS}"  # of another process that is still running
     write(tmp_path / "data", {running: b"cut"})
     os.utime(tmp_path / "data" / running, (time.time() + 60, time.time() + 60))
     mnist_data.load_mnist(tmp_path / "data")

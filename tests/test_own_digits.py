@@ -175,7 +175,7 @@ def test_pieces_of_a_digit_stay_together(tmp_path):
     five, one = (x.reshape(-1, 28, 28) > 0.5).any(axis=1).sum(axis=1)
     assert (five, one) == (8, 2)
     page[60:75, 104:150] = 255
-    page[20:35, 104:150] = 0  # a digit of its own
+    page[20:35, 104:150] = 0  # a separate digit
     assert len(read(page, tmp_path)[0]) == 3
 
 

@@ -969,7 +969,7 @@ def test_binarize_draws_pixels_with_their_grey_level_as_probability():
         assert abs(pixels.mean() - level) <= 5 * standard_error
     assert (drawn != vae.binarize(x, SEED + 1).numpy()).mean() > 0.1
     sampled = vae.Bernoulli().sample(special.logit(x), SEED).numpy()
-    assert (sampled != drawn).mean() < 1e-5  # but for rounding
+    assert (sampled != drawn).mean() < 1e-5  # except for rounding
     noisy = vae.salt_and_pepper(tf.fill((2_000, 784), 0.5), 0.5, SEED).numpy()
     dark = grey == np.float32(0.2)
     white_and_peppered = (drawn[:, dark] == 1) & (noisy[:, dark] == 0)
