@@ -111,7 +111,7 @@ def run(flags, load_tensorflow):
 
 
 def write_outputs(state, digits, user_digits, flags, folder):
-    """Evaluates the network, draws the pictures, and does what else the flags ask for."""
+    """Evaluates the network, draws the pictures, and does whatever else the flags ask for."""
     if digits:
         save_results(state, digits, flags, folder)
     if flags.n_generate:
@@ -667,7 +667,7 @@ class Flags:
     )
     PMLR_z_range: float = flag(3.0, real(0.001, 8), "each axis covers [-z_range, z_range]", Reuse.DEFAULT)
     PMLR_n_samples: int = flag(5_000, integer(1, mnist_data.N_TEST), "test digits on the map", Reuse.DEFAULT)
-    animate: bool = flag(False, boolean, "animate the manifold during training in manifold.gif")
+    animate: bool = flag(False, boolean, "save manifold.gif, an animation of the manifold during training")
 
     results_path: Path = flag(None, local_path, RESULTS_HELP, Reuse.PER_COMMAND, RUN_GROUP)
     resume: bool = flag(False, boolean, "continue the run in --results_path", Reuse.PER_COMMAND)

@@ -152,7 +152,7 @@ class Density(keras.layers.Layer):
     def __init__(self):
         super().__init__(
             name=type(self).__name__
-        )  # Keras would number it, so that runs in one process differ
+        )  # otherwise Keras would number it, and runs in one process would differ
         self.built = True  # weights are created in the constructor, not at the first call
 
 
