@@ -49,7 +49,9 @@ def draw(state, digits, flags, measured=None, names=None):
     data = PlotData(state.network, digits, flags, state.history, state.frames, measured)
     pictures = {}
     for name, draw_picture in PICTURES.items():
-        content = draw_picture(data) if names is None or name in names else None
+        if names is not None and name not in names:
+            continue
+        content = draw_picture(data)
         if content is not None:
             pictures[name] = content
     return pictures
@@ -87,6 +89,8 @@ class PlotData:
     @cached_property
     def mean(self):
         """Latent means of all test digits: (n, dim_z)."""
+        if self.measured:
+            return self.measured["mean"]
         return self.encode(self.test)
 
     def encode(self, batch):

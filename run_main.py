@@ -1,7 +1,8 @@
 """Trains a variational autoencoder on MNIST.
 
 `run` gives an overview. After it come training by stochastic gradient descent on the negative ELBO,
-evaluation, the flags, the folder of a run, and last what concerns devices and the process.
+evaluation, the flags, the folder of a run, its file for TensorBoard, devices, comparing and exploring
+finished runs, and the process.
 """
 
 import argparse
@@ -960,12 +961,13 @@ def claim_folder(flags, data, state):
     versions = {"python": sys.version}
     for name in ("tensorflow", "keras", "numpy", "scipy", "matplotlib"):
         versions[name] = importlib.import_module(name).__version__
+    scripts = {name: code_checksum(name) for name in ("mnist_data.py", "vae.py", "run_main.py")}
     config = {
         "flags": dataclasses.asdict(flags) | {"resume": False, "overwrite": False},
         "versions": versions,
         "data_sha256": data.file_sha256 if data else None,
         "digits_sha256": data.checksum() if data else None,
-        "scripts": {name: code_checksum(name) for name in ("mnist_data.py", "vae.py", "run_main.py")},
+        "scripts": scripts,
         "n_pixels": state.network.n_pixels,
     }
     write_atomically(folder / "config.json", json.dumps(config, indent=2, default=str) + "\n")

@@ -150,9 +150,8 @@ class Density(keras.layers.Layer):
     """A density as a Keras layer: weights that it creates by `add_weight` are trained and saved, too."""
 
     def __init__(self):
-        super().__init__(
-            name=type(self).__name__
-        )  # otherwise Keras would number it, and runs in one process would differ
+        # Without a name, Keras would number it, and runs in one process would differ.
+        super().__init__(name=type(self).__name__)
         self.built = True  # weights are created in the constructor, not at the first call
 
 
