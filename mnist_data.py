@@ -311,29 +311,30 @@ def to_idx(array):
 # --- Variants of the training set ---------------------------------------------------------------------
 
 
-def augment(images, seed):
-    """Returns images, (n, 784) uint8, and four copies of each, rotated and shifted at random: (5 n, 784).
+def augment(images, seed, n_copies=4):
+    """Returns images, (n, 784) uint8, and copies of them, rotated and shifted at random.
 
-    Rotations are up to 15 degrees, shifts up to 2 pixels along each axis. The images come first.
+    Rotations are up to 15 degrees, shifts up to 2 pixels along each axis. The images come first, then a copy
+    of each, and so on: ((1 + n_copies) n, 784).
     """
     from scipy.ndimage import affine_transform  # here, because --help would take twice as long with it
 
     rng = np.random.default_rng(seed)
-    n_copies = 4 * len(images)
-    angles = np.radians(rng.uniform(-15, 15, n_copies))
-    shifts = rng.uniform(-2, 2, (n_copies, 2))
+    n = n_copies * len(images)
+    angles = np.radians(rng.uniform(-15, 15, n))
+    shifts = rng.uniform(-2, 2, (n, 2))
     matrices = np.stack([np.cos(angles), -np.sin(angles), np.sin(angles), np.cos(angles)], axis=1)
-    rotations = matrices.reshape(n_copies, 2, 2)
+    rotations = matrices.reshape(n, 2, 2)
     side = math.isqrt(images.shape[1])
     originals = images.reshape(-1, side, side)
-    copies = np.empty((n_copies, side, side), np.uint8)
+    copies = np.empty((n, side, side), np.uint8)
     centre = np.full(2, (side - 1) / 2)
-    for i in progress(range(n_copies), "rotating and shifting copies of the digits"):
+    for i in progress(range(n), "rotating and shifting copies of the digits"):
         # The copy's pixel at p is the original's at rotation @ p + offset: the centre moves by the shift.
         offset = centre - rotations[i] @ (centre + shifts[i])
         # Linear interpolation: splines of a higher order would ripple into the background, which is 0.
         affine_transform(originals[i % len(images)], rotations[i], offset, output=copies[i], order=1)
-    return np.concatenate([images, copies.reshape(n_copies, -1)])
+    return np.concatenate([images, copies.reshape(n, -1)])
 
 
 def keep_n_labels(labels, n, seed):

@@ -18,16 +18,20 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image  # comes with Matplotlib
 from scipy.ndimage import zoom
 
+N_CLASSES = 10
+
 DPI = 100
 GAP = 6  # pixels between groups of digits
 N_INTERPOLATIONS = 10  # rows
 INTERPOLATION_STEPS = 10  # images per row
+PLANES_PER_ROW = 5  # if each class has its own plane
+PLANE_GAP = 30  # pixels
 N_POSTERIORS = 6  # digits
 POSTERIOR_REACH = 6  # standard deviations to each side of the mean
 POSTERIOR_STEPS = 61  # points across
 N_PARTICLES = 100
 
-FRAME_SIZE = 400  # pixels, the longer side
+FRAME_SIZE = 400  # pixels, the longer side; half as many for each of ten planes
 FRAME_LEVELS = 16  # shades of grey: a frame of 20 by 20 digits takes 35 kB, with all 256 levels 80 kB
 FRAME_SECONDS = 0.2
 LAST_FRAME_SECONDS = 2
@@ -59,9 +63,12 @@ def draw(state, digits, flags, measured=None, names=None):
 
 def frame(network, digits, flags):
     """Returns the manifold as a frame of the animation: (height, width) uint8."""
-    images, z_x, z_y = PlotData(network, digits, flags).manifold
-    longer_side = math.isqrt(images.shape[1]) * max(len(z_x), len(z_y))
-    return tile(images, len(z_x), len(z_y), min(1, FRAME_SIZE / longer_side))
+    planes, z_x, z_y = PlotData(network, digits, flags).manifold
+    size = FRAME_SIZE if len(planes) == 1 else FRAME_SIZE / 2
+    longer_side = math.isqrt(planes.shape[-1]) * max(len(z_x), len(z_y))
+    pictures = [tile(images, len(z_x), len(z_y), min(1, size / longer_side)) for images in planes]
+    rows = [pictures[i : i + PLANES_PER_ROW] for i in range(0, len(pictures), PLANES_PER_ROW)]
+    return np.block(rows)
 
 
 class PlotData:
@@ -81,10 +88,19 @@ class PlotData:
         self.x = digits.test.targets[: self.n_shown]
         self.x_corrupted = digits.test.inputs[: self.n_shown]
 
-    def decode(self, z):
-        """Returns the images (..., n_pixels) for latent vectors z: (..., dim_z)."""
-        images = self.network.decode(z.reshape(-1, z.shape[-1])).numpy()
+    def decode(self, z, labels=None):
+        """Returns the images (..., n_pixels) for latent vectors z: (..., dim_z).
+
+        labels: their classes, (...), for a network that has classes.
+        """
+        labels = None if labels is None else np.ravel(labels)
+        images = self.network.decode(z.reshape(-1, z.shape[-1]), labels).numpy()
         return images.reshape(*z.shape[:-1], images.shape[-1])
+
+    def decode_as_every_class(self, z):
+        """Returns the images, (n, 10, n_pixels), for each of z: (n, dim_z) together with each class."""
+        labels = np.tile(np.arange(N_CLASSES), (len(z), 1))
+        return self.decode(np.repeat(z[:, np.newaxis], N_CLASSES, axis=1), labels)
 
     @cached_property
     def mean(self):
@@ -113,14 +129,20 @@ class PlotData:
 
     @cached_property
     def interpolations(self):
-        """Start digits (n, n_pixels), images decoded along the lines (n, steps, n_pixels), and end digits."""
+        """Start digits (n, n_pixels), images decoded along the lines (n, steps, n_pixels), and end digits.
+
+        A line ends at the next digit of a different class that is not itself a start. If z has no part in the
+        class, it ends at one of the same class, as which the line is decoded.
+        """
         n = N_INTERPOLATIONS
+        has_classes = self.network.has_classes
         ends = []
-        for start in range(n):  # each ends at the next digit of a different class that is not itself a start
-            candidates = self.labels[n + start :]
-            ends.append(n + start + np.argmax(candidates != self.labels[start]))
+        for start in range(n):
+            is_same_class = self.labels[n + start :] == self.labels[start]
+            ends.append(n + start + np.argmax(is_same_class == has_classes))
         z = np.linspace(self.mean[:n], self.mean[ends], INTERPOLATION_STEPS, axis=1)
-        return self.test.inputs[:n], self.decode(z), self.test.inputs[ends]
+        labels = np.repeat(self.labels[:n], INTERPOLATION_STEPS) if has_classes else None
+        return self.test.inputs[:n], self.decode(z, labels), self.test.inputs[ends]
 
     @cached_property
     def latent_points(self):
@@ -130,11 +152,17 @@ class PlotData:
 
     @cached_property
     def manifold(self):
-        """The images decoded on a grid, (rows * columns, n_pixels), and the z of its columns and rows."""
+        """The images decoded on a grid, and the z of its columns and rows.
+
+        The images are (planes, rows * columns, n_pixels), with a plane for each class if there are classes.
+        """
         mean = self.encode(self.valid)  # half as many as test digits, since frames need them every epoch
         z_x = self.manifold_axis(mean[:, 0], self.flags.PMLR_n_img_x)
         z_y = self.manifold_axis(mean[:, 1], self.flags.PMLR_n_img_y)[::-1]  # upwards
-        return self.decode(grid_points(z_x, z_y)), z_x, z_y
+        z = grid_points(z_x, z_y)
+        if self.network.has_classes:
+            return self.decode_as_every_class(z).swapaxes(0, 1), z_x, z_y
+        return self.decode(z)[np.newaxis], z_x, z_y
 
     def manifold_axis(self, mean, n):
         """Returns n numbers from -z_range to z_range, in equal steps of probability under the prior.
@@ -255,33 +283,62 @@ def draw_interpolation(data):
     """Straight lines in the latent space between digits of different classes, a row per pair."""
     starts, lines, ends = data.interpolations
     n, n_steps, _ = lines.shape
-    first = tile(starts, 1, n)
-    gap = np.full((len(first), GAP), 255, np.uint8)
-    return png(np.hstack([first, gap, tile(lines, n_steps, n), gap, tile(ends, 1, n)]))
+    return png(side_by_side([tile(starts, 1, n), tile(lines, n_steps, n), tile(ends, 1, n)]))
+
+
+def draw_classes(data):
+    """Draws z from the prior, each decoded as all ten classes: a row per z, a column per class."""
+    if not data.network.has_classes:
+        return None
+    n = data.flags.PRR_n_img_y
+    z = data.network.prior.sample(n, data.flags.dim_z, (data.flags.seed, 1)).numpy()
+    return png(tile(data.decode_as_every_class(z), N_CLASSES, n, data.flags.PRR_resize_factor))
+
+
+def draw_analogies(data):
+    """The first test digits, and the style of each, which is its z, in all ten classes."""
+    if not (data.flags.PRR and data.network.has_classes):
+        return None
+    n = data.flags.PRR_n_img_y
+    images = data.decode_as_every_class(data.mean[:n])
+    factor = data.flags.PRR_resize_factor
+    return png(side_by_side([tile(data.x[:n], 1, n, factor), tile(images, N_CLASSES, n, factor)]))
 
 
 def draw_manifold(data):
-    """The decoded latent plane with its z along the axes, after figure 4 of Kingma and Welling."""
+    """The decoded latent plane with its z along the axes, after figure 4 of Kingma and Welling.
+
+    If there are classes, each has a plane: 0 to 4 above, 5 to 9 below.
+    """
     if not data.flags.draws_manifold:
         return None
-    images, z_x, z_y = data.manifold
-    canvas = tile(images, len(z_x), len(z_y), data.flags.PMLR_resize_factor)
-    height, width = canvas.shape
+    planes, z_x, z_y = data.manifold
+    n_columns = min(len(planes), PLANES_PER_ROW)
+    n_rows = len(planes) // n_columns
+    canvases = [tile(images, len(z_x), len(z_y), data.flags.PMLR_resize_factor) for images in planes]
+    height, width = canvases[0].shape
     left, bottom, right, top = 60, 50, 10, 10  # pixels around the digits, which stay one to one
-    total_width = left + width + right
-    total_height = bottom + height + top
+    total_width = left + n_columns * width + (n_columns - 1) * PLANE_GAP + right
+    total_height = bottom + n_rows * height + (n_rows - 1) * PLANE_GAP + top
     figure = Figure((total_width / DPI, total_height / DPI), dpi=DPI)
-    box = (left / total_width, bottom / total_height, width / total_width, height / total_height)
-    axes = figure.add_axes(box, frame_on=False)
     # A unit of the axes is a digit, since equal steps of probability are not equal steps of z.
     edges = (-0.5, len(z_x) - 0.5, len(z_y) - 0.5, -0.5)
-    rgb = np.stack([canvas, canvas, canvas], axis=-1)
-    axes.imshow(rgb, interpolation="none", aspect="auto", extent=edges)
-    axes.tick_params(length=0)  # marks would reach into the outer digits
-    label_with_z(axes.xaxis, z_x, width // 50)
-    label_with_z(axes.yaxis, z_y, height // 20)
-    axes.set_xlabel("$z_1$")
-    axes.set_ylabel("$z_2$", labelpad=0)
+    for i, canvas in enumerate(canvases):
+        row, column = divmod(i, n_columns)
+        x = left + column * (width + PLANE_GAP)
+        y = bottom + (n_rows - 1 - row) * (height + PLANE_GAP)
+        box = (x / total_width, y / total_height, width / total_width, height / total_height)
+        axes = figure.add_axes(box, frame_on=False)
+        rgb = np.stack([canvas, canvas, canvas], axis=-1)
+        axes.imshow(rgb, interpolation="none", aspect="auto", extent=edges)
+        axes.tick_params(length=0)  # marks would reach into the outer digits
+        axes.set(xticks=[], yticks=[])
+        if row == n_rows - 1:
+            label_with_z(axes.xaxis, z_x, width // 50)
+            axes.set_xlabel("$z_1$")
+        if column == 0:
+            label_with_z(axes.yaxis, z_y, height // 20)
+            axes.set_ylabel("$z_2$", labelpad=0)
     return file_content(figure.savefig, format="png")
 
 
@@ -430,6 +487,8 @@ PICTURES = {
     "layers.png": draw_layers,
     "samples.png": draw_samples,
     "interpolation.png": draw_interpolation,
+    "classes.png": draw_classes,
+    "analogies.png": draw_analogies,
     "manifold.png": draw_manifold,
     "manifold.gif": draw_animation,
     "latent_map.png": draw_latent_map,
@@ -468,6 +527,15 @@ def tile(images, n_x, n_y, resize_factor=1.0):
     _, height, width = images.shape
     rows = grey_levels(images).reshape(n_y, n_x, height, width).swapaxes(1, 2)
     return rows.reshape(n_y * height, n_x * width)
+
+
+def side_by_side(pictures):
+    """Returns pictures of the same height as one, with gaps between them: (height, width) uint8."""
+    gap = np.full((len(pictures[0]), GAP), 255, np.uint8)
+    parts = []
+    for picture in pictures:
+        parts += [picture, gap]
+    return np.hstack(parts[:-1])
 
 
 def stacked_rows(batches, n_x, n_y, resize_factor=1.0):
@@ -565,12 +633,13 @@ def window():
 class Explorer:
     """Decodes the latent map under the mouse, and shows where a digit that the user writes lies on the map.
 
-    decode: from z, (1, dim_z), to an image, (1, n_pixels). examine: from ink in [0, 1],
-    (PAPER_SIDE, PAPER_SIDE), to the written digit's z, its reconstruction and its ELBO.
+    decode: from z, (1, dim_z), and a class, (1,), to an image, (1, n_pixels). examine: from ink in [0, 1],
+    (PAPER_SIDE, PAPER_SIDE), to the written digit's z, its reconstruction, its ELBO and its class, -1 if that
+    is not known. has_classes: whether keys choose the class that is decoded.
     """
 
     @matplotlib.style.context("default")
-    def __init__(self, figure, mean, labels, decode, examine):
+    def __init__(self, figure, mean, labels, decode, examine, has_classes):
         self.figure = figure
         self.decode = decode
         self.examine = examine
@@ -585,14 +654,25 @@ class Explorer:
         self.restored = self.add_square((0.78, 0.08, 0.21, 0.38), "its reconstruction", blank)
         (self.marker,) = self.map.plot([], [], "k*", markersize=16, markeredgecolor="white")
         self.elbo = self.restored.axes.text(PAPER_SIDE / 2, 1.1 * PAPER_SIDE, "", ha="center")
+        self.decoded_class = self.decoded.axes.text(PAPER_SIDE / 2, 1.1 * PAPER_SIDE, "", ha="center")
+        self.has_classes = has_classes
+        self.choose_class(0)
         # What changes is drawn on top of a copy of the rest, where the backend can: many times as fast.
-        self.changing = [self.decoded, self.paper, self.restored, self.marker, self.elbo]
+        self.changing = [
+            self.decoded,
+            self.decoded_class,
+            self.paper,
+            self.restored,
+            self.marker,
+            self.elbo,
+        ]
         for artist in self.changing:
             artist.set_animated(figure.canvas.supports_blit)
         self.background = None
         self.ink = blank
         self.pen = None  # where the pen touched the paper last, (2,)
-        self.place = None  # of the mouse on the map, (2,), until it has been decoded
+        self.place = None  # of the mouse on the map, (2,)
+        self.is_decoded = True  # whether the image of that place is shown
         self.is_written = False  # whether ink has changed since it was examined
         for name in ("motion_notify_event", "button_press_event", "button_release_event"):
             figure.canvas.mpl_connect(name, self.on_mouse)
@@ -622,6 +702,7 @@ class Explorer:
         point = np.array([event.xdata, event.ydata]) if event.inaxes else None
         if event.inaxes is self.map:
             self.place = point
+            self.is_decoded = False
         is_pressed = event.button == MouseButton.LEFT and event.name != "button_release_event"
         if event.inaxes is self.paper.axes and is_pressed:
             self.write(point)
@@ -641,10 +722,20 @@ class Explorer:
         self.is_written = True
 
     def on_key(self, event):
-        """Erases what is written at the key e, which is not a shortcut of Matplotlib's toolbar."""
+        """Erases what is written at the key e; chooses a class at 0 to 9. Matplotlib uses neither."""
         if event.key == "e":
             self.ink = np.zeros_like(self.ink)
             self.is_written = True
+        elif self.has_classes and event.key in list("0123456789"):
+            self.choose_class(int(event.key))
+            self.is_written = True  # draws all that changes
+            self.is_decoded = self.place is None
+
+    def choose_class(self, label):
+        """Sets the class as which z is decoded."""
+        self.label = np.array([label], np.int32)
+        if self.has_classes:
+            self.decoded_class.set_text(f"as a {label}; 0 to 9 on the keyboard choose")
 
     def on_draw(self, event):
         """Keeps a copy of what does not change."""
@@ -670,10 +761,10 @@ class Explorer:
 
     def update(self):
         """Decodes where the mouse is now and examines what is written now, if that has changed."""
-        if self.place is not None:
+        if not self.is_decoded:
             z = self.plane.origin + self.plane.directions @ self.place
-            self.decoded.set_data(square(self.decode(z[np.newaxis].astype(np.float32))))
-            self.place = None
+            self.decoded.set_data(square(self.decode(z[np.newaxis].astype(np.float32), self.label)))
+            self.is_decoded = True
             self.draw_on_background([self.decoded])
         if self.is_written:
             self.show_written()
@@ -688,11 +779,12 @@ class Explorer:
             self.restored.set_data(self.ink)
             self.elbo.set_text("")
             return
-        z, restored, elbo = self.examine(self.ink)
+        z, restored, elbo, label = self.examine(self.ink)
         point = self.plane.project(z)
         self.marker.set_data(point[:1], point[1:])
         self.restored.set_data(square(restored))
-        self.elbo.set_text(f"ELBO {elbo:.1f} nats")
+        found = f"a {label}, " if label >= 0 else ""
+        self.elbo.set_text(f"{found}ELBO {elbo:.1f} nats")
 
 
 def square(image):

@@ -70,6 +70,9 @@ class Digits:
 
     train_images: np.ndarray  # (n, n_pixels) uint8; noise and binarization are resampled at every step
     train_labels: np.ndarray  # (n,) int32, -1 where a label is hidden
+    # If some labels are hidden, those digits that have one, from which each mini-batch gets some more.
+    labelled_images: np.ndarray  # (n_labelled, n_pixels) uint8
+    labelled_labels: np.ndarray  # (n_labelled,) int32
     valid: "vae.Batch"  # noise and binarization drawn once
     test: "vae.Batch"
 
@@ -144,6 +147,11 @@ WEIGHT_DECAY = 0.003
 # clipped separately: global-norm clipping at 1 or 3 gives an ELBO of -145.7 or -142.1.
 CLIP_NORM = 1.0
 DROPOUT_ANNEALING = 0.5  # fraction of the run during which dropout is annealed to zero
+
+# If labels are hidden, this share of --batch_size is added to each mini-batch as labelled digits: of 100 in
+# 55,000, it would otherwise have one in four.
+LABELLED_SHARE = 0.25
+N_LABELLED_COPIES = 8_000  # with --augment, the number of their copies, if that is above four per digit
 
 STEPS_PER_CALL = 50  # after which the progress of an epoch is shown; no number depends on it
 
@@ -223,38 +231,69 @@ def sgd_step(network, images, labels, seed, n_steps, flags):
     network.train_step(batch, seed, dropout_keep_prob(epochs, flags), kl_weight(epochs, flags))
 
 
+def mini_batches(n_digits, n_labelled, epoch, flags):
+    """Returns the indices of the digits in each mini-batch of an epoch, which goes through all digits once.
+
+    If n_labelled is not 0, the n_labelled digits after those are drawn from, with replacement, and
+    LABELLED_SHARE * batch_size of them are added to each mini-batch. Returns (n_steps, size of a mini-batch).
+    """
+    n_steps = n_digits // flags.batch_size
+    order = tf.random.experimental.stateless_shuffle(tf.range(n_digits), [flags.seed, epoch])
+    batches = tf.reshape(order[: n_steps * flags.batch_size], (n_steps, flags.batch_size))
+    if n_labelled == 0:
+        return batches
+    shape = (n_steps, math.ceil(LABELLED_SHARE * flags.batch_size))
+    seed = training_seed(flags, epoch, n_steps)  # which no step has
+    drawn = tf.random.stateless_uniform(shape, seed, maxval=n_labelled, dtype=tf.int32)
+    return tf.concat([batches, n_digits + drawn], axis=1)
+
+
 def training_seed(flags, epoch, step):
     """Returns the seed of a step."""
     return vae.fold_in(tf.stack([flags.seed, epoch]), step)
 
 
 def compile_steps(network, flags):
-    """Returns a function that trains for some steps of an epoch. XLA compiles all of them as one."""
+    """Returns a function that trains for some steps of an epoch: a loop, compiled by XLA."""
+
+    def train_step(images, labels, batches, epoch, step):
+        indices = batches[step]
+        seed = training_seed(flags, epoch, step)
+        sgd_step(network, tf.gather(images, indices), tf.gather(labels, indices), seed, len(batches), flags)
+
+    if has_convolutions(network):
+        train_step = compiled(train_step, jit_compile=True)
 
     def train_steps(images, labels, batches, epoch, first, last):
-        """Steps first to last - 1. batches: (n_steps, batch_size), indices of each mini-batch's images."""
-        n_steps = len(batches)
+        """Steps first to last - 1. batches: what `mini_batches` returns."""
         step = first
         while step < last:  # a loop over tf.range(first, last) would be compiled again for each pair
-            indices = batches[step]
-            seed = training_seed(flags, epoch, step)
-            sgd_step(network, tf.gather(images, indices), tf.gather(labels, indices), seed, n_steps, flags)
+            train_step(images, labels, batches, epoch, step)
             step += 1
 
-    return compiled(train_steps, jit_compile=True)
+    return compiled(train_steps, jit_compile=not has_convolutions(network))
+
+
+def has_convolutions(network):
+    """Returns whether a kernel has more than two axes, so that loops must not be compiled by XLA.
+
+    On a CPU, XLA runs a convolution inside a loop on one core, which takes 25 times as long. Dense layers
+    take 9% longer in a loop outside of XLA. The results have the same bits.
+    """
+    return any(len(variable.shape) > 2 for variable in network.trainable_variables)
 
 
 def train(state, digits, flags, strategy):
     """Trains until all epochs are done. After each, adds a row to the history and yields it."""
     network = state.network
-    n_images = len(digits.train_images)
-    n_steps = n_images // flags.batch_size
+    n_digits = len(digits.train_images)
+    n_steps = n_digits // flags.batch_size
     if flags.distribute == "none":
         train_steps = compile_steps(network, flags)
     else:
         train_steps = compile_distributed_steps(network, flags, strategy)
-    images = tf.constant(digits.train_images)
-    labels = tf.constant(digits.train_labels)
+    images = tf.constant(np.concatenate([digits.train_images, digits.labelled_images]))
+    labels = tf.constant(np.concatenate([digits.train_labels, digits.labelled_labels]))
     n_weights = sum(math.prod(variable.shape) for variable in network.trainable_variables)
     log(f"{device_name()}; {n_weights:,} weights; {flags.num_epochs} epochs of {flags.optimizer}")
 
@@ -266,8 +305,7 @@ def train(state, digits, flags, strategy):
     for epoch in range(len(state.history) + 1, flags.num_epochs + 1):
         start = time.perf_counter()
         learn_rate = float(network.optimizer.learning_rate)
-        order = tf.random.experimental.stateless_shuffle(tf.range(n_images), [flags.seed, epoch])
-        batches = tf.reshape(order[: n_steps * flags.batch_size], (n_steps, flags.batch_size))
+        batches = mini_batches(n_digits, len(digits.labelled_labels), epoch, flags)
         network.reset_metrics()
         for first in progress(range(0, n_steps, STEPS_PER_CALL), f"epoch {epoch}", status):
             last = min(first + STEPS_PER_CALL, n_steps)
@@ -304,14 +342,21 @@ def epoch_line(row, flags):
 
 def prepare_digits(data, flags):
     """Returns the Digits of a mnist_data.DataSet."""
-    train_images = data.train_images
-    train_labels = mnist_data.keep_n_labels(data.train_labels, flags.n_labels, flags.seed)
+    images = data.train_images
+    labels = mnist_data.keep_n_labels(data.train_labels, flags.n_labels, flags.seed)
+    is_labelled = (labels >= 0) & np.any(labels < 0)
+    labelled_images = images[is_labelled]
+    labelled_labels = labels[is_labelled]
     if flags.augment and not flags.load:
-        train_images = mnist_data.augment(train_images, flags.seed)
-        train_labels = np.tile(train_labels, len(train_images) // len(train_labels))  # a copy has its label
+        images = mnist_data.augment(images, flags.seed)
+        labels = np.tile(labels, len(images) // len(labels))  # a copy has its label
+        if len(labelled_labels):
+            n_copies = max(4, N_LABELLED_COPIES // len(labelled_labels))
+            labelled_images = mnist_data.augment(labelled_images, [flags.seed, 1], n_copies)
+            labelled_labels = np.tile(labelled_labels, 1 + n_copies)
     valid = make_batch(data.valid_images, data.valid_labels, flags, evaluation_seed(0))
     test = make_batch(data.test_images, data.test_labels, flags, evaluation_seed(1))
-    return Digits(train_images, train_labels, as_numpy(valid), as_numpy(test))
+    return Digits(images, labels, labelled_images, labelled_labels, as_numpy(valid), as_numpy(test))
 
 
 def as_numpy(batch):
@@ -409,7 +454,7 @@ def importance_sampling(network, batch, flags):
     def sample_part(part, seed):
         return network.importance_sampling(part, flags.n_importance, seed=seed)
 
-    estimate = compiled(sample_part, jit_compile=True, autograph=False)
+    estimate = compiled(sample_part, jit_compile=not has_convolutions(network), autograph=False)
     estimates = []
     for i, part in enumerate(progress(list(split(batch, 20)), "log p(x)")):
         estimates.append(estimate(part, evaluation_seed(i)))
@@ -469,22 +514,31 @@ def evaluate_test_set(network, test, arrays, flags):
 
 
 def generate(network, flags, folder):
-    """Writes generated.npz: new images (n, side, side) uint8 and their z (n, dim_z), drawn from the prior."""
+    """Writes generated.npz: new images (n, side, side) uint8 and their z (n, dim_z), drawn from the prior.
+
+    If the network has classes, the images' label, (n,), too: --digit, or all of them in turn.
+    """
+    label = np.arange(flags.n_generate, dtype=np.int32) % vae.N_CLASSES
+    if flags.digit is not None:
+        label[:] = flags.digit
     images = np.empty((flags.n_generate, network.n_pixels), np.uint8)
     z = np.empty((flags.n_generate, flags.dim_z), np.float32)
     for i, start in enumerate(progress(range(0, flags.n_generate, 10_000), "new digits")):
         rows = slice(start, min(start + 10_000, flags.n_generate))
         seed = vae.fold_in([flags.seed, GENERATION_EPOCH], i)
-        z[rows], logits = network.sample_with_latents(rows.stop - rows.start, seed)
+        z[rows], logits = network.sample_with_latents(rows.stop - rows.start, seed, label[rows])
         drawn = network.likelihood.sample(logits, seed) if flags.binarize else network.likelihood.mean(logits)
         images[rows] = plot_utils.grey_levels(drawn)
     side = math.isqrt(network.n_pixels)
+    arrays = {"images": images.reshape(-1, side, side), "z": z}
+    if network.has_classes:
+        arrays["label"] = label
     with atomic_write(folder / "generated.npz") as part:
-        np.savez(part, images=images.reshape(-1, side, side), z=z)
+        np.savez(part, **arrays)
 
 
 def reconstruct(network, user_digits, flags, folder):
-    """Writes reconstructions, latent means and ELBO of the user's own digits, and their files' names.
+    """Writes reconstructions, latent means, ELBO and found classes of the user's digits, and file names.
 
     user_digits: what mnist_data.read_digits returns.
     """
@@ -504,6 +558,8 @@ def reconstruct(network, user_digits, flags, folder):
         "z": np.concatenate([network.encode(part.inputs) for part in parts]),
         "elbo": -(terms["reconstruction"] + terms["kl"]),
     }
+    if network.classify(x[:1]) is not None:
+        arrays["label"] = np.concatenate([network.classify(part.inputs) for part in parts])
     if flags.n_importance:
         arrays |= importance_sampling(network, batch, flags)
     with atomic_write(folder / "reconstructed.npz") as part, zipfile.ZipFile(part, "w") as archive:
@@ -524,7 +580,7 @@ class Model:
 
     class_name: str  # in vae.py
     options: dict = field(default_factory=dict)  # the flags that its constructor takes, and their defaults
-    data_flags: tuple[str, ...] = ()  # the flags that change its data
+    other_flags: tuple[str, ...] = ()  # the flags that only this model and a few others have
 
 
 MODELS = {
@@ -532,9 +588,11 @@ MODELS = {
     "iwae": Model("IWAE", options={"n_samples": 5}),
     "least_squares": Model("LeastSquares"),
     "stick_breaking": Model("StickBreaking"),
-    "ladder": Model("Ladder", options={"dim_z_lower": 64}),
+    "ladder": Model("Ladder", options={"dim_z_lower": 64, "n_samples": 1}),
     "stein": Model("Stein", options={"n_samples": 20}),
-    "labels": Model("Labels", data_flags=("n_labels",)),
+    "labels": Model("Labels", other_flags=("n_labels",)),
+    "conditional": Model("Conditional", other_flags=("n_labels", "digit")),
+    "convolutional": Model("Convolutional"),
 }
 
 
@@ -621,6 +679,9 @@ PMLR_HELP = "plot the decoded latent plane (default: if --dim_z is 2); False als
 RUN_GROUP = "run, and what to do with it afterwards"
 RESULTS_HELP = "output folder; must be new or empty (default: the next results/runN)"
 EPOCH_PLOTS_HELP = "keep reconstructions and manifold of every epoch in epochs/"
+N_SAMPLES_HELP = f"samples of z per digit ({defaults_of('n_samples')})"
+N_LABELS_HELP = "labelled digits per class, for labels and conditional (default: all)"
+DIGIT_HELP = "the class of the new images, for conditional (default: all in turn)"
 COMPARE_HELP = "folders of runs to compare: a table and comparison.png"
 
 
@@ -637,9 +698,9 @@ class Flags:
 
     kl_weight: float = flag(1.0, real(0, 1_000), "weight of the KL divergence in training", group="training")
     warm_up: int = flag(0, integer(0), "epochs over which that weight rises from 0")
-    n_samples: int = flag(None, integer(1, 1_000), f"samples of z per digit ({defaults_of('n_samples')})")
+    n_samples: int = flag(None, integer(1, 1_000), N_SAMPLES_HELP, Reuse.RESUMABLE)
     dim_z_lower: int = flag(None, integer(1, 10_000), f"length of the lower z ({defaults_of('dim_z_lower')})")
-    n_labels: int = flag(None, integer(1), "labelled digits per class, for labels (default: all)")
+    n_labels: int = flag(None, integer(1), N_LABELS_HELP)
     optimizer: str = flag("sgd", one_of(*OPTIMIZERS), "sgd, with momentum and clipped gradients, or adam")
     learn_rate: float = flag(None, real(1e-12, 1e6), LEARN_RATE_HELP, Reuse.RESUMABLE)
     num_epochs: int = flag(20, integer(1), "passes through the training digits", Reuse.RESUMABLE)
@@ -679,6 +740,7 @@ class Flags:
     load: Path = flag(None, local_path, "load this run's network instead of training", Reuse.PER_COMMAND)
     n_importance: int = flag(None, integer(1), "samples of z per digit for log p(x)", Reuse.RESUME_DEFAULT)
     n_generate: int = flag(None, integer(1, 1_000_000), "new images for generated.npz", Reuse.PER_COMMAND)
+    digit: int = flag(None, integer(0, 9), DIGIT_HELP, Reuse.PER_COMMAND)
     reconstruct: list = flag(
         None, local_path, "your own digits: files, folders", Reuse.PER_COMMAND, nargs="+"
     )
@@ -847,6 +909,8 @@ def check_flags(flags):
         raise UserError("--animate shows the latent plane: it needs --dim_z 2")
     if flags.animate and flags.num_epochs > 100:
         raise UserError("--num_epochs must be 100 or fewer with --animate")
+    if flags.digit is not None and not flags.n_generate:
+        raise UserError("--digit is the class of new images: add --n_generate")
     if flags.warm_up > flags.num_epochs:
         raise UserError(f"--warm_up {flags.warm_up} is longer than --num_epochs {flags.num_epochs}")
     if flags.noise_level != 0.5 and not flags.add_noise:
@@ -860,8 +924,8 @@ def check_model_flags(flags):
         raise UserError("--binarize: --model least_squares is for grey levels")
     model = MODELS[flags.model]
     for other in MODELS.values():
-        for name in (*other.options, *other.data_flags):
-            applies = name in (*model.options, *model.data_flags)
+        for name in (*other.options, *other.other_flags):
+            applies = name in (*model.options, *model.other_flags)
             if getattr(flags, name) is not None and not applies:
                 raise UserError(f"--{name} does not apply to --model {flags.model}: omit it")
 
@@ -961,7 +1025,7 @@ def claim_folder(flags, data, state):
     versions = {"python": sys.version}
     for name in ("tensorflow", "keras", "numpy", "scipy", "matplotlib"):
         versions[name] = importlib.import_module(name).__version__
-    scripts = {name: code_checksum(name) for name in ("mnist_data.py", "vae.py", "run_main.py")}
+    scripts = {name: code_checksum(name, flags.model) for name in ("mnist_data.py", "vae.py", "run_main.py")}
     config = {
         "flags": dataclasses.asdict(flags) | {"resume": False, "overwrite": False},
         "versions": versions,
@@ -977,9 +1041,22 @@ def claim_folder(flags, data, state):
 
 
 @functools.cache
-def code_checksum(name):
-    """Returns the beginning of the SHA-256 of a script's code, without its docstrings and comments."""
+def code_checksum(name, model):
+    """Returns the beginning of the SHA-256 of the code of a script that a model uses.
+
+    Docstrings and comments do not count, nor do other models' classes.
+    """
     tree = ast.parse(Path(__file__).with_name(name).read_bytes())
+    bases = {}
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and node.bases:
+            bases[node.name] = ast.unparse(node.bases[0])
+    others = {row.class_name for row in MODELS.values()}
+    used = MODELS[model].class_name
+    while used in others:  # the model's class and those that it is derived from
+        others.remove(used)
+        used = bases.get(used)
+    tree.body = [node for node in tree.body if getattr(node, "name", None) not in others]
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
             del node.body[0]
@@ -1280,7 +1357,6 @@ def join_workers():
 def compile_distributed_steps(network, flags, strategy):
     """compile_steps for replicas: each takes its share of a mini-batch and draws its own random numbers."""
     n_replicas = strategy.num_replicas_in_sync
-    share = flags.batch_size // n_replicas
     training_loss = network.training_loss
 
     def replica_loss(batch, **options):
@@ -1292,7 +1368,8 @@ def compile_distributed_steps(network, flags, strategy):
 
     def replica_step(images, labels, indices, seed, n_steps):
         replica = tf.distribute.get_replica_context().replica_id_in_sync_group
-        own = tf.slice(indices, [replica * share], [share])
+        share = len(indices) // n_replicas
+        own = tf.reshape(indices[: share * n_replicas], (share, n_replicas))[:, replica]
         seed = vae.fold_in(seed, replica)
         sgd_step(network, tf.gather(images, own), tf.gather(labels, own), seed, n_steps, flags)
 
@@ -1375,6 +1452,8 @@ def read_run(folder):
     n_epochs = setting.pop("num_epochs")
     setting["epochs"] = f"{len(history)}/{n_epochs}"
     metrics = read_json(folder / "metrics.json")
+    if "test_error" in metrics:
+        metrics["test_error_percent"] = 100 * metrics["test_error"]
     return RecordedRun(folder, setting, recorded["seed"], config.get("digits_sha256"), history, metrics)
 
 
@@ -1432,6 +1511,8 @@ def differing_settings(groups):
 def comparison_table(groups, differing):
     """Returns a table as text: a row per group of runs, with the settings in which they differ."""
     metrics = {"test ELBO": "test_elbo", "reconstruction": "test_reconstruction", "KL": "test_kl"}
+    if any("test_error" in run.metrics for group in groups for run in group):
+        metrics["test error, %"] = "test_error_percent"
     settings = list(dict.fromkeys([*differing, "epochs"]))
     rows = [["runs", *settings, "valid ELBO", *metrics, "log p(x)", "s/epoch"]]
     for group in groups:
@@ -1491,7 +1572,10 @@ def explore(flags, load_tensorflow):
         state = TrainingState(build_network(None, flags))
         restore_state(state, flags.load)
         decode, examine = functions_to_explore(state.network)
-        plot_utils.Explorer(figure, latents["mean"], latents["label"], decode, examine).show()
+        explorer = plot_utils.Explorer(
+            figure, latents["mean"], latents["label"], decode, examine, state.network.has_classes
+        )
+        explorer.show()
 
 
 def functions_to_explore(network):
@@ -1501,13 +1585,16 @@ def functions_to_explore(network):
     @tf.function(jit_compile=True)
     def measure(x):
         negative_elbo, _, _ = network.negative_elbo(x, seed=(0, 0))
-        return network.encode(x), network.reconstruct(x), -negative_elbo
+        labels = network.classify(x)
+        if labels is None:
+            labels = tf.constant([-1])
+        return network.encode(x), network.reconstruct(x), -negative_elbo, labels
 
     def examine(ink):
         x = mnist_data.crop_and_centre(ink).reshape(1, -1)
         return [array.numpy()[0] for array in measure(x)]
 
-    decode(tf.zeros((1, network.dim_z)))  # compiles both before the window opens
+    decode(tf.zeros((1, network.dim_z)), tf.constant([0]))  # compiles both before the window opens
     measure(tf.zeros((1, network.n_pixels)))
     return decode, examine
 

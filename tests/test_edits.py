@@ -238,7 +238,7 @@ def test_another_prior(base, capsys, program):
     z = network.prior.sample(100, 2, (flags.seed, 0))
     data = program.plot_utils.PlotData(network, digits, flags)
     np.testing.assert_array_equal(data.samples, network.decode(z))
-    images, z_x, z_y = data.manifold
+    (images,), z_x, z_y = data.manifold
     std = np.std(network.encode(digits.valid.inputs), axis=0)
     assert_equal_steps(z_x, std[0], 9)
     assert_equal_steps(z_y[::-1], std[1], 5)
@@ -493,7 +493,7 @@ def test_another_likelihood(base, capsys, program):
     np.testing.assert_array_equal(network.reconstruct(test.inputs), restored)
     picture = program.plot_utils.tile(restored.numpy()[:100], 10, 10)
     np.testing.assert_array_equal(Image.open(RUN / "reconstruction.png"), picture)
-    images, z_x, z_y = program.plot_utils.PlotData(network, digits, flags).manifold
+    (images,), z_x, z_y = program.plot_utils.PlotData(network, digits, flags).manifold
     corner = network.decoder(np.array([[z_x[0], z_y[0]]], np.float32))
     np.testing.assert_allclose(images[0], corner[0], atol=1e-6)
     with np.load(RUN / "generated.npz") as generated:
@@ -1044,12 +1044,12 @@ def test_looking_into_a_step(capsys, few_digits, program):
 
 
 def test_a_condition_on_the_label(base, capsys, program):
-    """Training, evaluation and log p(x) get the labels; nothing is decoded without one."""
+    """Training, evaluation, log p(x), pictures and new digits get labels; nothing is decoded without one."""
     for old, new in CONDITION:
         program.replace("vae.py", old, new)
     program.start()
-    with pytest.raises(ValueError, match="None"):  # samples.png
-        program.run("--dim_z=3", "--PRR=False", "--PMLR=False")
+    program.run("--dim_z=3", "--n_generate=20")
+    assert {"classes.png", "analogies.png", "samples.png"} < {file.name for file in RUN.iterdir()}
     assert np.all(np.diff(log("train_elbo")) > 0)
     network, digits = program.run_main.load(RUN)
     test = first(digits.test, 300)
@@ -1060,6 +1060,10 @@ def test_a_condition_on_the_label(base, capsys, program):
     assert np.mean(with_other_labels) > np.mean(negative_elbo) + 1
     with pytest.raises(ValueError, match="None"):
         network.reconstruct(test.inputs)
+    with np.load(RUN / "generated.npz") as generated:
+        np.testing.assert_array_equal(generated["label"], np.arange(20) % 10)
+        mean = network.decode(generated["z"], generated["label"]).numpy().reshape(-1, 28, 28)
+        np.testing.assert_allclose(generated["images"], 255 * mean, atol=0.501)
 
 
 CONDITION = [
@@ -1080,6 +1084,7 @@ CONDITION = [
         h = self.hidden(self.decoder_hidden, z, """,
     ),
     ("    has_log_joint = True  #", "    has_log_joint = False  #"),
+    ("    has_classes = False  #", "    has_classes = True  #"),
 ]
 
 

@@ -25,24 +25,26 @@ LABELS = np.arange(50) % 10
 class Network:
     """Stands in for decode and examine; counts their calls."""
 
-    def __init__(self):
+    def __init__(self, found=-1):
         self.decoded = []
         self.examined = []
+        self.found = found  # the class of a written digit
 
-    def decode(self, z):
+    def decode(self, z, label):
         self.decoded.append(z)
+        self.label = label
         return np.full((1, 784), 0.1 * len(self.decoded))
 
     def examine(self, ink):
         self.examined.append(ink)
-        return PLACES[0], np.full(784, 0.5), -123.25
+        return PLACES[0], np.full(784, 0.5), -123.25, self.found
 
 
-def make_explorer(mean=PLACES):
-    network = Network()
+def make_explorer(mean=PLACES, network=None, has_classes=False):
+    network = network or Network()
     figure = Figure((12, 7), dpi=50)
     FigureCanvasAgg(figure)
-    explorer = plot_utils.Explorer(figure, mean, LABELS, network.decode, network.examine)
+    explorer = plot_utils.Explorer(figure, mean, LABELS, network.decode, network.examine, has_classes)
     figure.canvas.draw()
     return explorer, network
 
@@ -82,6 +84,40 @@ def test_moving_over_the_map_decodes_there():
     assert len(changed) > 1_000
     assert changed[:, 1].min() >= box.x0 - 1 and changed[:, 1].max() <= box.x1 + 1
     assert height - changed[:, 0].max() >= box.y0 - 1 and height - changed[:, 0].min() <= box.y1 + 1
+
+
+def press(explorer, key):
+    canvas = explorer.figure.canvas
+    canvas.callbacks.process("key_press_event", KeyEvent("key_press_event", canvas, key))
+
+
+@pytest.mark.quick
+def test_keys_choose_the_class_that_is_decoded():
+    explorer, network = make_explorer(network=Network(found=7), has_classes=True)
+    press(explorer, "4")  # nothing is there to be decoded yet
+    explorer.update()
+    assert network.decoded == []
+    mouse(explorer, "motion_notify_event", explorer.map, (0.5, -0.25))
+    explorer.update()
+    assert network.label == [4]
+    press(explorer, "9")
+    explorer.update()
+    assert network.label == [9]
+    np.testing.assert_array_equal(network.decoded[0], network.decoded[1])
+    assert "as a 9" in explorer.decoded_class.get_text()
+    write(explorer, (20, 20), (100, 100))
+    explorer.update()
+    assert explorer.elbo.get_text() == "a 7, ELBO -123.2 nats"
+
+
+@pytest.mark.quick
+def test_keys_choose_nothing_without_classes():
+    explorer, network = make_explorer()
+    mouse(explorer, "motion_notify_event", explorer.map, (0.5, -0.25))
+    press(explorer, "4")
+    explorer.update()
+    assert network.label == [0]
+    assert explorer.decoded_class.get_text() == ""
 
 
 @pytest.mark.quick
@@ -211,6 +247,7 @@ def test_explore_shows_what_the_network_computes(trained, few_digits, monkeypatc
     np.testing.assert_allclose(explorer.plane.origin, mean.mean(axis=0), atol=1e-4)
     figure.canvas.draw()
     explorer.place = np.array([0.5, -0.5])
+    explorer.is_decoded = False
     write(explorer, (70, 30), (70, 110))
     explorer.update()
     z = explorer.plane.origin + explorer.plane.directions @ [0.5, -0.5]
@@ -224,6 +261,23 @@ def test_explore_shows_what_the_network_computes(trained, few_digits, monkeypatc
     np.testing.assert_allclose(np.ravel(explorer.marker.get_data()), place, atol=1e-5)
     negative_elbo, _, _ = network.negative_elbo(x, seed=(0, 0))
     assert explorer.elbo.get_text() == f"ELBO {-float(negative_elbo[0]):.1f} nats"
+
+
+def test_a_network_with_classes_decodes_the_chosen_one_and_finds_that_of_a_written_digit():
+    network = run_main.vae.Conditional(n_hidden=16)
+    decode, examine = run_main.functions_to_explore(network)
+    z = np.array([[0.5, -0.5]], np.float32)
+    for label in (3, 8):
+        np.testing.assert_allclose(decode(z, np.array([label])), network.decode(z, [label]), atol=1e-5)
+    ink = np.zeros((plot_utils.PAPER_SIDE, plot_utils.PAPER_SIDE))
+    ink[30:110, 60:75] = 1
+    x = mnist_data.crop_and_centre(ink).reshape(1, 784)
+    z, restored, elbo, label = examine(ink)
+    assert label == network.classify(x)[0]
+    np.testing.assert_allclose(z, network.encode(x)[0], atol=1e-5)
+    np.testing.assert_allclose(restored, network.reconstruct(x)[0], atol=1e-5)
+    negative_elbo, _, _ = network.negative_elbo(x, seed=(0, 0))
+    assert elbo == pytest.approx(-float(negative_elbo[0]), rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import vae
 
 SEED = tf.constant([3, 4])
 OPTIONS = {"iwae": {"n_samples": 5}, "ladder": {"dim_z_lower": 4}, "stein": {"n_samples": 6}}
+WITHOUT_LOG_JOINT = ("ladder", "conditional")  # p(x|z) would be an integral over z_1, a sum over the classes
 PAPERS = [name for name in run_main.MODELS if name != "vae"]
 
 
@@ -67,7 +68,9 @@ def train(digits, few_digits):
 
 def training_loss(network, x, labels=None, seed=SEED, kl_weight=1.0):
     """Returns the loss to train with and its two terms to log: (batch,) each. Without dropout."""
-    return network.training_loss(vae.Batch(x, x, labels), seed=seed, keep_prob=1.0, kl_weight=kl_weight)
+    return network.training_loss(
+        vae.as_batch(vae.Batch(x, x, labels)), seed=seed, keep_prob=1.0, kl_weight=kl_weight
+    )
 
 
 def gradient(network, x, labels=None, seed=SEED):
@@ -138,7 +141,7 @@ def test_unknown_arguments_are_refused(name):
 
 def test_arguments_of_another_model_are_refused():
     with pytest.raises(TypeError, match="n_samples"):
-        vae.Ladder(n_samples=5)
+        vae.Convolutional(n_samples=5)
     with pytest.raises(TypeError, match="dim_z_lower"):
         vae.IWAE(dim_z_lower=5)
 
@@ -169,7 +172,14 @@ def test_logged_terms_do_not_depend_on_the_kl_weight(x, name):
     np.testing.assert_allclose(reconstruction + kl, other_reconstruction + other_kl, rtol=1e-5)
 
 
-TOLERANCES = {"iwae": 0.03, "stick_breaking": 0.03, "least_squares": 0.1, "stein": 0.2, "labels": 0.2}
+TOLERANCES = {
+    "iwae": 0.03,
+    "stick_breaking": 0.03,
+    "least_squares": 0.1,
+    "stein": 0.2,
+    "labels": 0.2,
+    "convolutional": 0.1,
+}
 
 
 @pytest.mark.architecture
@@ -183,7 +193,7 @@ def test_log_px_is_above_the_elbo_and_agrees_with_quadrature(train, digits, name
     standard_error = elbos.std(axis=0) / np.sqrt(500)
     assert (log_px > elbos.mean(axis=0) - 3 * standard_error).all()
     assert np.mean(log_px - elbos.mean(axis=0)) > 0.05
-    if name != "ladder":  # whose z_2 does not determine p(x|z_2)
+    if name not in WITHOUT_LOG_JOINT:
         mean, log_var = network.encoder(x)
         exact = network.log_marginal_likelihood_grid(x, mean, log_var)
         assert np.mean(log_px) == pytest.approx(np.mean(exact), abs=TOLERANCES[name])
@@ -412,13 +422,12 @@ def test_ladder_reports_what_each_layer_holds(train, digits):
     _, _, kl = network.negative_elbo(batch, seed=SEED)
     assert measured["test_kl_upper"] < np.mean(kl) - 0.5
 
-    sample = network.sample_latents(digits[:200], 1, None, (0, 0))
-    mean, log_var = np.asarray(sample.q_1, float)
-    prior_mean, prior_log_var = np.asarray(sample.p_1, float)
-    variance_ratio = np.exp(log_var - prior_log_var)
-    distance = (mean - prior_mean) ** 2 / np.exp(prior_log_var)
-    kl_per_unit = 0.5 * np.mean(variance_ratio + distance - 1 - np.log(variance_ratio), axis=(0, 1))
-    assert measured["active_units_lower"] == np.sum(kl_per_unit > 0.01)
+    bottom_up_1, (mean_2, _) = network.bottom_up(digits[:200])
+    (mean, log_var), (prior_mean, prior_log_var) = np.array([bottom_up_1, network.top_down(mean_2)], float)
+    precision = np.exp(-log_var)
+    prior_precision = np.exp(-prior_log_var)
+    mean_1 = (precision * mean + prior_precision * prior_mean) / (precision + prior_precision)
+    assert measured["active_units_lower"] == np.sum(mean_1.var(axis=0) > 0.01)
     assert measured["active_units_lower"] > 0
 
 
@@ -429,7 +438,6 @@ def test_all_of_the_kl_divergence_is_in_the_upper_layer_if_the_lower_encoder_is_
     measured = network.test_metrics(vae.Batch(x, x))
     _, _, kl = network.negative_elbo(x, seed=SEED)
     assert measured["test_kl_upper"] == pytest.approx(np.mean(kl), rel=1e-4)
-    assert measured["active_units_lower"] == 0
 
 
 def test_ladder_reconstructs_through_both_layers(train, digits):
@@ -678,6 +686,141 @@ def test_error_of_labels_is_the_share_of_wrong_ones(x):
     assert network.test_metrics(vae.Batch(x, x, labels)) == {"test_error": 0.25}
 
 
+# --- Convolutions -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("n_pixels", "sides"), [(784, (14, 7, 14, 28)), (49, (4, 2, 4, 8))])
+def test_convolutions_halve_the_image_twice_and_double_it_twice(n_pixels, sides):
+    network = vae.Convolutional(2, n_pixels=n_pixels)
+    found = []
+    h = tf.zeros((3, n_pixels))
+    for layer in network.encoder_hidden:
+        h = layer(h)
+        found.append(h.shape[1:])
+    h = tf.zeros((3, 2))
+    for layer in network.decoder_hidden:
+        h = layer(h)
+        found.append(h.shape[1:])
+    channels = (32, 64, 32, 2)
+    expected = [(side, side, n) for side, n in zip(sides, channels, strict=True)]
+    assert [shape for shape in found if len(shape) == 3 and shape[2] != 1][:2] == expected[:2]
+    assert found[-3:-1] == expected[2:]
+    assert network(tf.zeros((3, n_pixels))).shape == (3, n_pixels)
+
+
+# --- Classes ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def conditional():
+    """A small network with classes whose q(z|x, y) has no width, so that a draw is the mean."""
+    network = make_network("conditional", dim_z=3)
+    network.classifier_output.kernel.assign(20 * network.classifier_output.kernel)
+    network.encoder_output.bias.assign([0.0] * 3 + [-40.0] * 3)
+    return network
+
+
+def terms_of_class(network, x, label):
+    """Returns -log p(x|y, z) and KL[q(z|x, y) || p(z)] of each image, computed by NumPy, for one class."""
+
+    def dense(layer, h, activation):
+        return activation(h @ np.asarray(layer.kernel, float) + np.asarray(layer.bias, float))
+
+    def elu(h):
+        return np.where(h > 0, h, np.expm1(h))
+
+    def identity(h):
+        return h
+
+    x = np.asarray(x, float)
+    y = np.tile(np.eye(10)[label], (len(x), 1))
+    h = np.concatenate([x - np.asarray(network.mean_image, float), y], axis=1)
+    h = dense(network.encoder_hidden[1], dense(network.encoder_hidden[0], h, elu), np.tanh)
+    mean, log_var = np.split(dense(network.encoder_output, h, identity), 2, axis=1)
+    h = np.concatenate([mean, y], axis=1)
+    h = dense(network.decoder_hidden[1], dense(network.decoder_hidden[0], h, np.tanh), elu)
+    logits = dense(network.decoder_output, h, identity)
+    reconstruction = -np.sum(x * logits - np.logaddexp(0, logits), axis=1)
+    return reconstruction, 0.5 * np.sum(mean**2 + np.exp(log_var) - log_var - 1, axis=1)
+
+
+def test_elbo_without_a_label_against_numpy(conditional, x):
+    """The sum over the classes, weighted by q(y|x), and the KL divergence of q(y|x) from p(y)."""
+    q_y = special.softmax(np.asarray(conditional.classifier(x), float), axis=1)
+    assert 0.02 < np.mean(np.max(q_y, axis=1)) < 0.98  # or the weights would not matter
+    terms = np.array([terms_of_class(conditional, x, label) for label in range(10)])  # (10, 2, 8)
+    reconstruction, kl = np.einsum("nk,ktn->tn", q_y, terms)
+    kl += np.sum(q_y * np.log(10 * q_y), axis=1)
+    labels = np.arange(8)  # they do not matter
+    for batch in (x, vae.Batch(x, x, labels)):
+        found = conditional.negative_elbo(batch, seed=SEED, kl_weight=0.5)
+        np.testing.assert_allclose(found[1], reconstruction, rtol=1e-5)
+        np.testing.assert_allclose(found[2], kl, rtol=1e-5)
+        np.testing.assert_allclose(found[0], reconstruction + 0.5 * kl, rtol=1e-5)
+
+
+@pytest.mark.parametrize("labels", [[3, -1, 9, 0, -1, -1, 3, -1], [3, 1, 9, 0, 2, 2, 3, 7], [-1] * 8, None])
+def test_training_loss_with_labels_against_numpy(conditional, x, labels):
+    """A labelled digit has the terms of its class, and trains the classifier with alpha = 80."""
+    loss, reconstruction, kl = training_loss(conditional, x, labels, kl_weight=0.5)
+    labels = np.full(8, -1) if labels is None else np.array(labels)
+    logits = np.asarray(conditional.classifier(x), float)
+    _, expected_reconstruction, expected_kl = np.array(conditional.negative_elbo(x, seed=SEED), float)
+    cross_entropy = np.zeros(8)
+    for i in np.flatnonzero(labels >= 0):
+        terms = terms_of_class(conditional, x[i : i + 1], labels[i])
+        expected_reconstruction[i], expected_kl[i] = np.ravel(terms)
+        expected_kl[i] += np.log(10)
+        cross_entropy[i] = special.logsumexp(logits[i]) - logits[i, labels[i]]
+    np.testing.assert_allclose(reconstruction, expected_reconstruction, rtol=1e-5)
+    np.testing.assert_allclose(kl, expected_kl, rtol=1e-5)
+    excess = np.mean(loss - reconstruction - 0.5 * kl)
+    expected = 80 * cross_entropy[labels >= 0].mean() if (labels >= 0).any() else 0
+    assert excess == pytest.approx(expected, rel=1e-4, abs=1e-3)
+
+
+def test_log_px_sums_over_the_classes(conditional, x):
+    """By quadrature over z for each class, in one dimension."""
+    network = make_network("conditional", dim_z=1)
+    z = np.linspace(-8, 8, 4_001, dtype=np.float32)[:, None]
+    log_joint = []
+    for label in range(10):
+        logits = network.decoder(z, np.full(len(z), label))
+        log_prior = stats.norm.logpdf(z[:, 0]) - np.log(10)
+        log_joint.append(network.likelihood.log_prob_table(x, logits) + log_prior)
+    expected = special.logsumexp(log_joint, axis=(0, 2)) + np.log(16 / 4_000)
+    found = log_px_by_importance_sampling(network, x, 1_000)
+    np.testing.assert_allclose(found, expected, atol=0.05)
+    assert not network.has_log_joint
+
+
+def test_classes_that_are_given_or_found(conditional, x):
+    found = conditional.classify(x).numpy()
+    assert len(set(found)) > 1
+    np.testing.assert_array_equal(conditional.encode(x), conditional.encode(x, found))
+    np.testing.assert_array_equal(conditional.reconstruct(x), conditional.reconstruct(x, found))
+    np.testing.assert_array_equal(conditional.encode(x, np.full(8, -1)), conditional.encode(x, found))
+    others = (found + 1) % 10
+    assert np.abs(conditional.encode(x, others) - conditional.encode(x)).max() > 1e-3
+    with pytest.raises(ValueError, match="pass labels"):
+        conditional.decode(tf.zeros((2, 3)))
+
+
+def test_samples_take_the_classes_in_turn_or_those_that_are_given(conditional):
+    z, _ = conditional.sample_with_latents(12, (0, 1), tf.zeros(12, tf.int32))
+    in_turn = conditional.decode(z, np.arange(12) % 10)
+    np.testing.assert_allclose(conditional.sample(12, (0, 1)), in_turn, rtol=1e-5)
+    sevens = conditional.decode(z, np.full(12, 7))
+    np.testing.assert_allclose(conditional.sample(12, (0, 1), np.full(12, 7)), sevens, rtol=1e-5)
+
+
+@pytest.mark.architecture
+def test_classes_are_learned(train, digits, few_digits):
+    network, _ = train("conditional")
+    batch = vae.Batch(digits[:500], digits[:500], few_digits.train_labels[:500].astype(np.int32))
+    assert network.test_metrics(batch)["test_error"] < 0.3
+
+
 # --- The program --------------------------------------------------------------------------------------
 
 
@@ -685,14 +828,24 @@ def test_error_of_labels_is_the_share_of_wrong_ones(x):
 def test_each_model_trains_writes_its_files_and_resumes_bitwise(run, tmp_path, name):
     flags = [f"--model={name}", "--num_epochs=2", "--warm_up=2", "--kl_weight=0.9", "--n_generate=5"]
     flags += [f"--{option}={value}" for option, value in OPTIONS.get(name, {}).items()]
+    if name in ("labels", "conditional"):
+        flags.append("--n_labels=20")
     assert run(*flags, f"--results_path={tmp_path}") == 0
-    pictures = {"ladder": {"layers.png"}, "stick_breaking": {"simplex.png", "posterior.png"}}
-    found = {path.name for path in tmp_path.iterdir()} & {"layers.png", "simplex.png", "posterior.png"}
-    assert found == pictures.get(name, {"posterior.png"})
+    pictures = {
+        "ladder": {"layers.png"},
+        "stick_breaking": {"simplex.png", "posterior.png"},
+        "conditional": {"classes.png", "analogies.png"},
+    }
+    own_pictures = set().union(*pictures.values())
+    assert {path.name for path in tmp_path.iterdir()} & own_pictures == pictures.get(name, {"posterior.png"})
     network = keras.models.load_model(tmp_path / "vae.keras")
     assert type(network) is model_class(name)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
-    own = {"labels": {"test_error"}, "ladder": {"test_kl_upper", "active_units_lower"}}
+    own = {
+        "labels": {"test_error"},
+        "conditional": {"test_error"},
+        "ladder": {"test_kl_upper", "active_units_lower"},
+    }
     found = metrics.keys() & {"test_error", "test_kl_upper", "active_units_lower"}
     assert found == own.get(name, set())
 
@@ -713,7 +866,10 @@ def test_each_model_trains_writes_its_files_and_resumes_bitwise(run, tmp_path, n
     ("line", "words"),
     [
         ("--n_samples 5", "--n_samples vae"),
-        ("--model ladder --n_samples 5", "--n_samples ladder"),
+        ("--model stick_breaking --n_samples 5", "--n_samples stick_breaking"),
+        ("--model labels --n_generate 3 --digit 3", "--digit labels"),
+        ("--model conditional --digit 3", "--digit --n_generate"),
+        ("--model conditional --n_generate 3 --digit 10", "--digit '10'"),
         ("--dim_z_lower 5", "--dim_z_lower vae"),
         ("--model iwae --n_labels 5", "--n_labels iwae"),
         ("--model least_squares --binarize", "--binarize least_squares"),
@@ -725,6 +881,60 @@ def test_conflicting_flags_are_refused_in_one_line(capsys, line, words):
     assert_mentions(one_line(capsys.readouterr().err), words)
 
 
+def test_new_digits_have_the_chosen_class_or_all_in_turn(run, tmp_path):
+    flags = ("--model=conditional", "--num_epochs=1", "--PRR=False", "--PMLR=False", "--n_generate=12")
+    assert run(*flags, f"--results_path={tmp_path / 'run'}") == 0
+    load = (f"--load={tmp_path / 'run'}", "--n_generate=12", "--digit=7")
+    assert run(*load, f"--results_path={tmp_path / 'sevens'}") == 0
+    network = keras.models.load_model(tmp_path / "run" / "vae.keras")
+    for folder, expected in (("run", np.arange(12) % 10), ("sevens", np.full(12, 7))):
+        with np.load(tmp_path / folder / "generated.npz") as generated:
+            np.testing.assert_array_equal(generated["label"], expected)
+            images = 255 * network.decode(generated["z"], expected).numpy().reshape(-1, 28, 28)
+            np.testing.assert_allclose(generated["images"], images, atol=0.501)
+
+
+def test_own_digits_are_reconstructed_as_the_class_that_is_found(run, few_digits, tmp_path):
+    flags = ("--model=conditional", "--num_epochs=1", "--PRR=False", "--PMLR=False")
+    assert run(*flags, f"--results_path={tmp_path / 'run'}") == 0
+    np.save(tmp_path / "own.npy", few_digits.test_images[:20].reshape(-1, 28, 28))
+    load = (f"--load={tmp_path / 'run'}", f"--reconstruct={tmp_path / 'own.npy'}")
+    assert run(*load, f"--results_path={tmp_path / 'own'}") == 0
+    network = keras.models.load_model(tmp_path / "run" / "vae.keras")
+    x = few_digits.test_images[:20] / np.float32(255)
+    with np.load(tmp_path / "own" / "reconstructed.npz") as own:
+        assert len(set(own["label"])) > 1
+        np.testing.assert_array_equal(own["label"], network.classify(x))
+        np.testing.assert_allclose(own["z"], network.encode(x, own["label"]), atol=1e-5)
+        images = 255 * network.reconstruct(x, own["label"]).numpy().reshape(-1, 28, 28)
+        np.testing.assert_allclose(own["images"], images, atol=0.501)
+
+
+def test_each_mini_batch_has_a_share_of_labelled_digits(few_digits):
+    """On top of an epoch that goes through every digit once."""
+    run_main.import_tensorflow()
+    flags = run_main.parse_flags(["--model=conditional", "--n_labels=7", "--batch_size=100"])
+    digits = run_main.prepare_digits(few_digits, flags)
+    assert sorted(digits.labelled_labels) == sorted(7 * list(range(10)))
+    first = run_main.mini_batches(2_000, 70, 1, flags).numpy()
+    assert first.shape == (20, 125)
+    np.testing.assert_array_equal(np.sort(first[:, :100], axis=None), np.arange(2_000))
+    drawn = first[:, 100:]
+    assert drawn.min() >= 2_000 and drawn.max() < 2_070
+    assert stats.chisquare(np.bincount(drawn.ravel() - 2_000, minlength=70)).pvalue > 1e-3
+    second = run_main.mini_batches(2_000, 70, 2, flags).numpy()
+    assert (first != second).mean() > 0.9
+    np.testing.assert_array_equal(run_main.mini_batches(2_000, 0, 1, flags), first[:, :100])
+
+
+def test_no_digits_are_added_if_all_labels_are_known(few_digits):
+    run_main.import_tensorflow()
+    for flags in (["--model=conditional"], ["--model=vae"], ["--model=labels", "--n_labels=9999"]):
+        digits = run_main.prepare_digits(few_digits, run_main.parse_flags(flags))
+        assert digits.labelled_images.shape == (0, 784)
+        assert digits.labelled_labels.shape == (0,)
+
+
 @pytest.mark.parametrize(("augment", "n_copies"), [(False, 1), (True, 5)])
 def test_as_many_digits_of_each_class_as_requested_keep_their_labels(few_digits, augment, n_copies):
     run_main.import_tensorflow()
@@ -734,3 +944,15 @@ def test_as_many_digits_of_each_class_as_requested_keep_their_labels(few_digits,
     labelled = np.flatnonzero(labels >= 0)
     assert (np.bincount(labels[labelled]) == 7 * n_copies).all()
     np.testing.assert_array_equal(labels[labelled], few_digits.train_labels[labelled % 2_000])
+
+
+@pytest.mark.parametrize(("n_wanted", "n_copies"), [(8_000, 8_000 // 70), (100, 4)])
+def test_labelled_digits_have_more_copies_if_they_are_few(few_digits, monkeypatch, n_wanted, n_copies):
+    run_main.import_tensorflow()
+    monkeypatch.setattr(run_main, "N_LABELLED_COPIES", n_wanted)
+    flags = run_main.parse_flags(["--model=labels", "--n_labels=7", "--augment"])
+    digits = run_main.prepare_digits(few_digits, flags)
+    labelled = np.flatnonzero(digits.train_labels[:2_000] >= 0)
+    assert len(digits.labelled_images) == len(digits.labelled_labels) == 70 * (1 + n_copies)
+    np.testing.assert_array_equal(digits.labelled_images[:70], few_digits.train_images[labelled])
+    np.testing.assert_array_equal(digits.labelled_labels[-70:], few_digits.train_labels[labelled])

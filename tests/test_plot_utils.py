@@ -41,7 +41,7 @@ def small_flags(*arguments):
 def digits_of(targets, inputs, labels):
     """Returns Digits with these for validation and test, and no others."""
     batch = vae.Batch(targets, inputs, labels)
-    return run_main.Digits(None, None, batch, batch)
+    return run_main.Digits(None, None, None, None, batch, batch)
 
 
 def plot_data(*arguments, **arrays):
@@ -236,7 +236,7 @@ def contains(picture, part):
 
 def test_manifold_holds_the_digits_one_to_one(six_images):
     images, batch = six_images
-    data = plot_data(manifold=(batch, np.array([-2, 0, 2]), np.array([2, -2])))
+    data = plot_data(manifold=(batch[None], np.array([-2, 0, 2]), np.array([2, -2])))
     picture = decode(plot_utils.draw_manifold(data))[..., 0]
     expected = np.block([[images[0], images[1], images[2]], [images[3], images[4], images[5]]])
     assert contains(picture, expected)
@@ -244,7 +244,7 @@ def test_manifold_holds_the_digits_one_to_one(six_images):
 
 def test_manifold_axes_are_labelled_with_z(six_images, figures):
     _, batch = six_images
-    data = plot_data(manifold=(batch, np.array([-2, 0, 2]), np.array([2, -2])))
+    data = plot_data(manifold=(batch[None], np.array([-2, 0, 2]), np.array([2, -2])))
     (axes,) = plot_utils.draw_manifold(data).axes
     assert [label.get_text() for label in axes.get_xticklabels()] == ["-2.00", "2.00"]  # no room for a third
     assert axes.get_xticks().tolist() == [0, 2]
@@ -254,7 +254,7 @@ def test_manifold_axes_are_labelled_with_z(six_images, figures):
 
 def test_manifold_axis_has_ten_labels_at_most(figures):
     z = np.linspace(-2, 2, 20)
-    data = plot_data(manifold=(np.zeros((20, 784)), z, np.zeros(1)))
+    data = plot_data(manifold=(np.zeros((1, 20, 784)), z, np.zeros(1)))
     (axes,) = plot_utils.draw_manifold(data).axes
     assert len(axes.get_xticks()) == 10
     for tick, label in zip(axes.get_xticks(), axes.get_xticklabels(), strict=True):
@@ -263,7 +263,9 @@ def test_manifold_axis_has_ten_labels_at_most(figures):
 
 def test_manifold_axes_have_no_negative_zero(six_images, figures):
     _, batch = six_images
-    data = plot_data("--PMLR_resize_factor=2", manifold=(batch, np.array([-2, -1e-9, 2]), np.array([2, -2])))
+    data = plot_data(
+        "--PMLR_resize_factor=2", manifold=(batch[None], np.array([-2, -1e-9, 2]), np.array([2, -2]))
+    )
     (axes,) = plot_utils.draw_manifold(data).axes
     assert [label.get_text() for label in axes.get_xticklabels()] == ["-2.00", "0.00", "2.00"]
 
@@ -471,7 +473,7 @@ def test_latent_plane_shows_the_means_and_a_decoded_grid(state, digits):
     assert axes_labels == ("$z_1$", "$z_2$")
     np.testing.assert_allclose(z, mean[:40], atol=1e-5)
 
-    images, z_x, z_y = data.manifold
+    (images,), z_x, z_y = data.manifold
     widths = np.maximum(1, mean.std(axis=0))  # of a Gaussian that holds the digits, too
     assert widths.max() > widths.min() + 0.1
     p_x = stats.norm(0, widths[0]).cdf([-1.5, 1.5])
@@ -547,6 +549,69 @@ def test_interpolations_join_different_classes(state, digits):
     label_of = dict(zip([image.tobytes() for image in digits.test.inputs], mixed.labels, strict=True))
     for start, end in zip(starts, ends, strict=True):
         assert label_of[start.tobytes()] != label_of[end.tobytes()]
+
+
+# --- Classes ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def conditional():
+    """A network whose images depend on z and on the class."""
+    network = vae.Conditional(dim_z=2, n_hidden=16)
+    enlarge([network.encoder_output, network.decoder_output])
+    return network
+
+
+def picture_of(draw, network, digits, *flags):
+    """Returns what a function draws of a network with classes: (height, width)."""
+    data = plot_utils.PlotData(network, digits, small_flags("--model=conditional", *flags))
+    return decode(draw(data))[..., 0]
+
+
+def test_classes_have_a_column_per_class_and_a_row_per_z(conditional, digits):
+    z = np.repeat(conditional.prior.sample(2, 2, (0, 1)), 10, axis=0)
+    expected = plot_utils.tile(conditional.decode(z, np.arange(20) % 10).numpy(), 10, 2)
+    assert len(np.unique(expected.reshape(2, 28, 10, 28).swapaxes(1, 2).reshape(20, -1), axis=0)) == 20
+    picture = picture_of(plot_utils.draw_classes, conditional, digits, "--PRR_n_img_y=2")
+    np.testing.assert_allclose(picture.astype(int), expected, atol=1)
+
+
+def test_analogies_have_the_style_of_a_test_digit_in_all_classes(conditional, digits):
+    picture = picture_of(plot_utils.draw_analogies, conditional, digits).astype(int)
+    x = digits.test.targets[:2]
+    z = conditional.encode(digits.test.inputs[:2], digits.test.labels[:2])
+    images = conditional.decode(np.repeat(z, 10, axis=0), np.arange(20) % 10).numpy()
+    np.testing.assert_array_equal(picture[:, :28], plot_utils.tile(x, 1, 2))
+    assert (picture[:, 28 : 28 + plot_utils.GAP] == 255).all()
+    np.testing.assert_allclose(picture[:, 28 + plot_utils.GAP :], plot_utils.tile(images, 10, 2), atol=1)
+
+
+def test_manifold_has_a_plane_per_class(conditional, digits):
+    flags = small_flags("--model=conditional")
+    planes, z_x, z_y = plot_utils.PlotData(conditional, digits, flags).manifold
+    assert planes.shape == (10, 20, 784)
+    grid = np.stack([np.tile(z_x, 4), np.repeat(z_y, 5)], axis=1)
+    picture = picture_of(plot_utils.draw_manifold, conditional, digits)
+    frame = plot_utils.frame(conditional, digits, flags)
+    for label, images in enumerate(planes):
+        np.testing.assert_allclose(images, conditional.decode(grid, np.full(20, label)), atol=1e-5)
+        plane = plot_utils.tile(images, 5, 4)
+        assert contains(picture, plane)
+        row, column = divmod(label, 5)
+        own = frame[row * 4 * 28 : (row + 1) * 4 * 28, column * 5 * 28 : (column + 1) * 5 * 28]
+        np.testing.assert_array_equal(own, plane)
+
+
+def test_interpolations_stay_in_a_class(conditional, digits):
+    data = plot_utils.PlotData(conditional, digits, small_flags("--model=conditional"))
+    _, lines, ends = data.interpolations
+    # The labels are 0 to 9, again and again.
+    np.testing.assert_array_equal(ends, digits.test.inputs[10:20])
+    labels = np.arange(10)
+    first = conditional.reconstruct(digits.test.inputs[:10], labels)
+    last = conditional.reconstruct(digits.test.inputs[10:20], labels)
+    np.testing.assert_allclose(lines[:, 0], first, atol=1e-5)
+    np.testing.assert_allclose(lines[:, -1], last, atol=1e-5)
 
 
 def test_layers_show_the_upper_latents_alone_and_both(digits):
@@ -787,7 +852,7 @@ def test_animation_is_of_the_frames_in_the_state(state, digits):
 
 def test_frame_is_the_manifold_in_limited_size(state, digits):
     flags = small_flags("--animate")
-    images, _, _ = plot_utils.PlotData(state.network, digits, flags).manifold
+    (images,), _, _ = plot_utils.PlotData(state.network, digits, flags).manifold
     frame = plot_utils.frame(state.network, digits, flags)
     assert frame.dtype == np.uint8
     np.testing.assert_array_equal(frame, plot_utils.tile(images, 5, 4))

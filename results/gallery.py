@@ -1,0 +1,327 @@
+"""Makes the folders of results/ and the tables in results/README.md, from the commands that stand there.
+
+    python results/gallery.py                 makes what is missing or was made by other code
+    python results/gallery.py --only NAME     only these folders
+    python results/gallery.py --stale         lists what is missing or of other code; status 1 if anything is
+    python results/gallery.py --tables        only writes the tables
+
+It takes hours. It can be interrupted: finished runs are kept, and an interrupted one is resumed. Runs are in
+results/runs; what is published of them, without networks and checkpoints, is copied from there. "Other code"
+means another mnist_data.py, or another vae.py as far as the model uses it; docstrings and comments do not
+count.
+"""
+
+import argparse
+import csv
+import json
+import math
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+RESULTS = Path(__file__).resolve().parent
+ROOT = RESULTS.parent
+sys.path.insert(0, str(ROOT))
+
+import run_main  # noqa: E402
+from mnist_data import write_atomically  # noqa: E402
+
+RECORD = "gallery.json"
+BEGIN = "<!-- gallery.py writes what follows, up to the end mark -->"
+END = "<!-- end -->"
+
+
+@dataclass
+class Experiment:
+    """A folder of results/ and the commands that make it."""
+
+    name: str
+    flags: str  # of python run_main.py
+    pictures: tuple[str, ...] = ()  # that are published, of seed 0
+    n_seeds: int = 3
+    continuation: str = ""  # flags with which a second command resumes the run
+
+    @property
+    def commands(self):
+        """The flags of each command, without those of seed and folder."""
+        return [self.flags, f"--resume {self.continuation}"] if self.continuation else [self.flags]
+
+    def record(self):
+        """Returns what determines the results besides the seed: the commands and the code."""
+        model = run_main.parse_flags(shlex.split(self.flags)).model
+        scripts = {name: run_main.code_checksum(name, model) for name in ("mnist_data.py", "vae.py")}
+        return {"commands": self.commands, "scripts": scripts}
+
+    def folder(self, seed):
+        """Returns the folder of what is published of a run."""
+        return RESULTS / self.name if seed == 0 else RESULTS / self.name / f"seed_{seed}"
+
+    def run_folder(self, seed):
+        """Returns the folder of a run, relative to the repository."""
+        return Path("results", "runs", f"{self.name}_{seed}")
+
+    def published(self, seed):
+        """Returns the names of the files that are published of a run."""
+        pictures = self.pictures if seed == 0 else ()
+        return ["config.json", "log.csv", "metrics.json", *pictures]
+
+    def is_current(self, seed):
+        """Returns whether everything is published, and was made by these commands and this code."""
+        folder = self.folder(seed)
+        is_complete = all((folder / name).exists() for name in self.published(seed))
+        return is_complete and run_main.read_json(folder / RECORD) == self.record()
+
+
+PLANE = ("latent_map.png", "manifold.png", "posterior.png")
+DIGITS = ("input.png", "reconstruction.png", "samples.png", "interpolation.png")
+LONG = "--num_epochs 60 --n_importance 1000"
+BINARIZED = "--binarize --keep_prob 1"
+LIKELIHOOD = "--n_importance 5000"
+LABELS = "--model labels --dim_z 5 --optimizer adam --augment --num_epochs 4"
+CONDITIONAL = "--model conditional --dim_z 5 --augment --num_epochs 3"
+
+EXPERIMENTS = [
+    Experiment("slides", "", (*PLANE, *DIGITS, "worst.png", "elbo.png")),
+    Experiment("vae_20", "--dim_z 20", ("reconstruction.png",)),
+    Experiment("no_dropout_2", "--keep_prob 1"),
+    Experiment("no_dropout_20", "--dim_z 20 --keep_prob 1"),
+    Experiment("dim_z_2", f"--dim_z 2 {LONG} --animate", (*PLANE, *DIGITS, "manifold.gif")),
+    Experiment("dim_z_5", f"--dim_z 5 {LONG}", DIGITS),
+    Experiment("dim_z_10", f"--dim_z 10 {LONG}", DIGITS),
+    Experiment("dim_z_20", f"--dim_z 20 {LONG}", DIGITS),
+    Experiment("no_dropout_20_long", f"--dim_z 20 {LONG} --keep_prob 1"),
+    Experiment("denoising", "--dim_z 20 --add_noise True --num_epochs 40", ("denoising.png",)),
+    Experiment("convolutional_2", "--model convolutional", (*PLANE, "reconstruction.png")),
+    Experiment("convolutional_20", "--model convolutional --dim_z 20", ("reconstruction.png", "samples.png")),
+    Experiment("least_squares_2", "--model least_squares", ("reconstruction.png",)),
+    Experiment("least_squares_20", "--model least_squares --dim_z 20", ("reconstruction.png",)),
+    Experiment("vae_2", "--n_importance 1"),
+    Experiment("iwae_2", "--model iwae --n_importance 1", ("posterior.png",)),
+    Experiment("stein_2", "--model stein --n_samples 10 --num_epochs 10", ("posterior.png",)),
+    Experiment("stick_breaking_2", "--model stick_breaking", ("simplex.png",)),
+    Experiment("labels_2", "--model labels", ("latent_map.png",)),
+    Experiment("conditional_2", "--model conditional", ("manifold.png", "classes.png", "analogies.png")),
+    Experiment("labels_10", f"{LABELS} --n_labels 10"),
+    Experiment("labels_300", f"{LABELS} --n_labels 300"),
+    Experiment("conditional_10", f"{CONDITIONAL} --n_labels 10", ("classes.png", "analogies.png")),
+    Experiment("conditional_300", f"{CONDITIONAL} --n_labels 300"),
+    Experiment("binarized", f"{BINARIZED} --dim_z 50 --num_epochs 100 {LIKELIHOOD}", DIGITS, 1),
+    Experiment(
+        "binarized_adam", f"{BINARIZED} --dim_z 50 --num_epochs 100 --optimizer adam {LIKELIHOOD}", n_seeds=1
+    ),
+    Experiment("iwae", f"{BINARIZED} --model iwae --dim_z 50 --num_epochs 150 {LIKELIHOOD}", DIGITS, 1),
+    Experiment(
+        "stick_breaking",
+        f"{BINARIZED} --model stick_breaking --dim_z 50 --num_epochs 100 {LIKELIHOOD}",
+        ("samples.png",),
+        1,
+    ),
+]
+
+
+# --- Runs ---------------------------------------------------------------------------------------------
+
+
+def make(experiment, seed):
+    """Runs the commands of an experiment as far as they are not finished, and publishes the run."""
+    folder = experiment.run_folder(seed)
+    record_file = ROOT / folder.with_suffix(".json")  # beside the folder, which must be empty at the start
+    if run_main.read_json(record_file) != experiment.record():
+        record_file.unlink(missing_ok=True)
+    for command in experiment.commands:
+        is_started = record_file.exists()
+        n_trained = max(run_main.checkpoint_files(ROOT / folder), default=0) if is_started else 0
+        flags = shlex.split(command)
+        is_last = command == experiment.commands[-1]
+        if n_trained >= run_main.make_parser().parse_args(flags).num_epochs and not is_last:
+            continue
+        flags += ["--seed", str(seed), "--results_path", str(folder)]
+        if "--resume" not in flags:
+            flags.append("--resume" if n_trained else "--overwrite")
+        print("python run_main.py", shlex.join(flags), flush=True)
+        write_json(record_file, experiment.record())
+        subprocess.run([sys.executable, "run_main.py", *flags], cwd=ROOT, check=True)
+    publish(experiment, seed)
+
+
+def publish(experiment, seed):
+    """Copies what is published of a run, with the record of what made it."""
+    folder = experiment.folder(seed)
+    folder.mkdir(exist_ok=True)
+    (folder / RECORD).unlink(missing_ok=True)  # until all files are those of the run
+    for name in experiment.published(seed):
+        write_atomically(folder / name, (ROOT / experiment.run_folder(seed) / name).read_bytes())
+    write_json(folder / RECORD, experiment.record())
+
+
+def write_json(path, content):
+    """Writes a JSON file."""
+    write_atomically(path, json.dumps(content, indent=2) + "\n")
+
+
+# --- Tables -------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Table:
+    """A table of results/README.md: a row per experiment."""
+
+    title: str
+    columns: dict[str, Callable]  # by heading: from an experiment and its runs' metrics to a cell
+    names: str  # of the experiments
+
+
+def command(experiment, metrics):
+    """The flags of the commands, and the folder."""
+    flags = "`, then `".join(experiment.commands)
+    return f"`{flags}`" if flags else "none"
+
+
+def folder(experiment, metrics):
+    """The folder."""
+    return f"[{experiment.name}]({experiment.name})"
+
+
+def seeds(experiment, metrics):
+    """How many seeds there are."""
+    return str(len(metrics))
+
+
+def mean_and_error(name, digits=1, factor=1):
+    """Returns a column: the mean of a metric over the seeds, and its standard error.
+
+    With one seed, it is the standard error over the test digits, if that was recorded.
+    """
+
+    def cell(experiment, metrics):
+        values = [factor * run[name] for run in metrics if name in run]
+        if not values:
+            return ""
+        if len(values) > 1:
+            error = np.std(values, ddof=1) / math.sqrt(len(values))
+        else:
+            error = factor * metrics[0].get(f"{name}_standard_error", math.nan)
+        mean = f"{np.mean(values):.{digits}f}".replace("-", "\N{MINUS SIGN}")
+        return mean if math.isnan(error) else f"{mean} ± {error:.{digits}f}"
+
+    return cell
+
+
+def active_units(experiment, metrics):
+    """Active units of z in seed 0 (Burda et al. 2016); for a ladder, of the upper and the lower z."""
+    names = ("active_units", "active_units_lower")
+    return " and ".join(str(metrics[0][name]) for name in names if metrics and name in metrics[0])
+
+
+def seconds(experiment, metrics):
+    """Seconds per epoch: the median of seed 0."""
+    file = experiment.folder(0) / "log.csv"
+    if not file.exists():
+        return ""
+    with file.open() as rows:
+        return f"{np.median([float(row['seconds']) for row in csv.DictReader(rows)]):.0f}"
+
+
+ROW = {"flags": command, "folder": folder, "seeds": seeds}
+ELBO = {"test ELBO": mean_and_error("test_elbo")}
+LOG_PX = {"log p(x)": mean_and_error("test_log_px")}
+QUADRATURE = {"log p(x) by quadrature": mean_and_error("test_log_px_grid")}
+TERMS = {"reconstruction error": mean_and_error("test_reconstruction"), "KL": mean_and_error("test_kl")}
+PSNR = {"PSNR of the reconstructions, dB": mean_and_error("psnr_reconstruction", digits=2)}
+NOISE = {
+    "PSNR of noisy digits, dB": mean_and_error("psnr_noisy", digits=2),
+    "of restored ones": mean_and_error("psnr_restored", digits=2),
+}
+ERROR = {"test error, %": mean_and_error("test_error", digits=1, factor=100)}
+BINARIZED_LOG_PX = {"log p(x)": mean_and_error("test_log_px", digits=2)}
+UNITS = {"active units": active_units, "s per epoch": seconds}
+
+TABLES = [
+    Table(
+        "Grey levels, the lecture's network",
+        ROW | ELBO | LOG_PX | QUADRATURE | PSNR,
+        "slides no_dropout_2 dim_z_2 dim_z_5 dim_z_10 dim_z_20 vae_20 no_dropout_20 no_dropout_20_long",
+    ),
+    Table("Noise", ROW | ELBO | NOISE, "denoising"),
+    Table(
+        "Grey levels, other models",
+        ROW | ELBO | TERMS | QUADRATURE | PSNR,
+        "vae_2 convolutional_2 iwae_2 least_squares_2 stick_breaking_2 stein_2"
+        " vae_20 convolutional_20 least_squares_20",
+    ),
+    Table(
+        "Labels",
+        ROW | ELBO | ERROR,
+        "labels_10 conditional_10 labels_300 conditional_300 labels_2 conditional_2",
+    ),
+    Table(
+        "Binarized digits",
+        ROW | ELBO | BINARIZED_LOG_PX | UNITS,
+        "binarized binarized_adam iwae stick_breaking",
+    ),
+]
+
+
+def tables():
+    """Returns all tables as Markdown."""
+    experiments = {experiment.name: experiment for experiment in EXPERIMENTS}
+    lines = []
+    for table in TABLES:
+        lines += [f"### {table.title}", "", row(table.columns), row("---" for _ in table.columns)]
+        for name in table.names.split():
+            experiment = experiments[name]
+            folders = [experiment.folder(seed) for seed in range(experiment.n_seeds)]
+            metrics = [run_main.read_json(folder / "metrics.json") for folder in folders if folder.exists()]
+            lines.append(row(column(experiment, metrics) for column in table.columns.values()))
+        lines.append("")
+    return "\n".join(lines)
+
+
+def row(cells):
+    """Returns a row of a table in Markdown."""
+    return f"| {' | '.join(cells)} |"
+
+
+def write_tables():
+    """Writes the tables into README.md, in place of the older ones."""
+    file = RESULTS / "README.md"
+    before, rest = file.read_text().split(BEGIN)
+    _, after = rest.split(END)
+    write_atomically(file, f"{before}{BEGIN}\n\n{tables()}\n{END}{after}")
+
+
+# --- The program --------------------------------------------------------------------------------------
+
+
+def main():
+    """Makes what is asked for; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    names = [experiment.name for experiment in EXPERIMENTS]
+    parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", default=names, help="folders")
+    parser.add_argument("--stale", action="store_true", help="list what is missing or of other code")
+    parser.add_argument("--tables", action="store_true", help="only write the tables")
+    arguments = parser.parse_args()
+    stale = []
+    for experiment in EXPERIMENTS:
+        if experiment.name in arguments.only:
+            stale += [
+                (experiment, seed) for seed in range(experiment.n_seeds) if not experiment.is_current(seed)
+            ]
+    if arguments.stale:
+        for experiment, seed in stale:
+            print(experiment.folder(seed).relative_to(ROOT))
+        return 1 if stale else 0
+    if not arguments.tables:
+        for experiment, seed in stale:
+            make(experiment, seed)
+    write_tables()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
