@@ -689,9 +689,7 @@ COMPARE_HELP = "folders of runs to compare: a table and comparison.png"
 class Flags:
     """Each flag: its default, the values it accepts, its help, and what --resume and --load do with it."""
 
-    model: str = flag(
-        "vae", one_of(*MODELS), f"the lecture's or a paper's: {', '.join(MODELS)}", group="model"
-    )
+    model: str = flag("vae", one_of(*MODELS), f"the lecture's or another: {', '.join(MODELS)}", group="model")
     dim_z: int = flag(2, integer(1, 10_000), "length of a latent vector")
     n_hidden: int = flag(500, integer(1, 100_000), "units per hidden layer")
     keep_prob: float = flag(0.9, real(0.001, 1), "dropout keep probability at the start; 1 means no dropout")

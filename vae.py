@@ -11,8 +11,8 @@ where the networks of their appendix C have one:
 An image x is a row of n_pixels numbers in [0, 1], a latent vector z a row of dim_z numbers. Losses are in
 nats per image: sums over pixels or latent dimensions, never means over them.
 
-In this order: random numbers, the three densities, the network with its loss and training step, and the
-models of six papers, each a subclass that overrides what its paper changes.
+In this order: random numbers, the three densities, the network with its loss and training step, and other
+models, seven of them of papers, each a subclass that overrides what it changes.
 """
 
 import contextlib

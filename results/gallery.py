@@ -12,7 +12,6 @@ count.
 """
 
 import argparse
-import csv
 import json
 import math
 import shlex
@@ -79,6 +78,7 @@ class Experiment:
 
 PLANE = ("latent_map.png", "manifold.png", "posterior.png")
 DIGITS = ("input.png", "reconstruction.png", "samples.png", "interpolation.png")
+SAMPLES = ("reconstruction.png", "samples.png")
 LONG = "--num_epochs 60 --n_importance 1000"
 BINARIZED = "--binarize --keep_prob 1"
 LIKELIHOOD = "--n_importance 5000"
@@ -97,7 +97,7 @@ EXPERIMENTS = [
     Experiment("no_dropout_20_long", f"--dim_z 20 {LONG} --keep_prob 1"),
     Experiment("denoising", "--dim_z 20 --add_noise True --num_epochs 40", ("denoising.png",)),
     Experiment("convolutional_2", "--model convolutional", (*PLANE, "reconstruction.png")),
-    Experiment("convolutional_20", "--model convolutional --dim_z 20", ("reconstruction.png", "samples.png")),
+    Experiment("convolutional_20", "--model convolutional --dim_z 20", SAMPLES),
     Experiment("least_squares_2", "--model least_squares", ("reconstruction.png",)),
     Experiment("least_squares_20", "--model least_squares --dim_z 20", ("reconstruction.png",)),
     Experiment("vae_2", "--n_importance 1"),
@@ -110,11 +110,25 @@ EXPERIMENTS = [
     Experiment("labels_300", f"{LABELS} --n_labels 300"),
     Experiment("conditional_10", f"{CONDITIONAL} --n_labels 10", ("classes.png", "analogies.png")),
     Experiment("conditional_300", f"{CONDITIONAL} --n_labels 300"),
-    Experiment("binarized", f"{BINARIZED} --dim_z 50 --num_epochs 100 {LIKELIHOOD}", DIGITS, 1),
+    Experiment("binarized", f"{BINARIZED} --dim_z 50 --num_epochs 100 {LIKELIHOOD}", SAMPLES, 1),
     Experiment(
         "binarized_adam", f"{BINARIZED} --dim_z 50 --num_epochs 100 --optimizer adam {LIKELIHOOD}", n_seeds=1
     ),
-    Experiment("iwae", f"{BINARIZED} --model iwae --dim_z 50 --num_epochs 150 {LIKELIHOOD}", DIGITS, 1),
+    Experiment("iwae", f"{BINARIZED} --model iwae --dim_z 50 --num_epochs 150 {LIKELIHOOD}", SAMPLES, 1),
+    Experiment(
+        "iwae_50",
+        f"{BINARIZED} --model iwae --dim_z 50 --num_epochs 150",
+        SAMPLES,
+        1,
+        f"--n_samples 50 --num_epochs 190 {LIKELIHOOD}",
+    ),
+    Experiment(
+        "ladder",
+        f"{BINARIZED} --model ladder --dim_z 32 --optimizer adam --warm_up 100 --num_epochs 200",
+        ("layers.png", "samples.png"),
+        1,
+        f"--n_samples 5 --num_epochs 250 {LIKELIHOOD}",
+    ),
     Experiment(
         "stick_breaking",
         f"{BINARIZED} --model stick_breaking --dim_z 50 --num_epochs 100 {LIKELIHOOD}",
@@ -177,9 +191,9 @@ class Table:
 
 
 def command(experiment, metrics):
-    """The flags of the commands, and the folder."""
+    """The flags of the commands."""
     flags = "`, then `".join(experiment.commands)
-    return f"`{flags}`" if flags else "none"
+    return f"`{flags}`" if flags else "(default)"
 
 
 def folder(experiment, metrics):
@@ -188,7 +202,7 @@ def folder(experiment, metrics):
 
 
 def seeds(experiment, metrics):
-    """How many seeds there are."""
+    """How many seeds were run, from 0, by this code."""
     return str(len(metrics))
 
 
@@ -218,15 +232,6 @@ def active_units(experiment, metrics):
     return " and ".join(str(metrics[0][name]) for name in names if metrics and name in metrics[0])
 
 
-def seconds(experiment, metrics):
-    """Seconds per epoch: the median of seed 0."""
-    file = experiment.folder(0) / "log.csv"
-    if not file.exists():
-        return ""
-    with file.open() as rows:
-        return f"{np.median([float(row['seconds']) for row in csv.DictReader(rows)]):.0f}"
-
-
 ROW = {"flags": command, "folder": folder, "seeds": seeds}
 ELBO = {"test ELBO": mean_and_error("test_elbo")}
 LOG_PX = {"log p(x)": mean_and_error("test_log_px")}
@@ -239,7 +244,7 @@ NOISE = {
 }
 ERROR = {"test error, %": mean_and_error("test_error", digits=1, factor=100)}
 BINARIZED_LOG_PX = {"log p(x)": mean_and_error("test_log_px", digits=2)}
-UNITS = {"active units": active_units, "s per epoch": seconds}
+UNITS = {"active units": active_units}
 
 TABLES = [
     Table(
@@ -262,7 +267,7 @@ TABLES = [
     Table(
         "Binarized digits",
         ROW | ELBO | BINARIZED_LOG_PX | UNITS,
-        "binarized binarized_adam iwae stick_breaking",
+        "binarized binarized_adam iwae iwae_50 ladder stick_breaking",
     ),
 ]
 
@@ -275,8 +280,8 @@ def tables():
         lines += [f"### {table.title}", "", row(table.columns), row("---" for _ in table.columns)]
         for name in table.names.split():
             experiment = experiments[name]
-            folders = [experiment.folder(seed) for seed in range(experiment.n_seeds)]
-            metrics = [run_main.read_json(folder / "metrics.json") for folder in folders if folder.exists()]
+            current = [seed for seed in range(experiment.n_seeds) if experiment.is_current(seed)]
+            metrics = [run_main.read_json(experiment.folder(seed) / "metrics.json") for seed in current]
             lines.append(row(column(experiment, metrics) for column in table.columns.values()))
         lines.append("")
     return "\n".join(lines)

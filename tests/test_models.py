@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import assert_mentions, one_line
+from conftest import assert_mentions, one_line, read_log
 from scipy import integrate, special, stats
 
 import run_main
@@ -440,6 +440,20 @@ def test_all_of_the_kl_divergence_is_in_the_upper_layer_if_the_lower_encoder_is_
     assert measured["test_kl_upper"] == pytest.approx(np.mean(kl), rel=1e-4)
 
 
+def test_ladder_trains_with_the_elbo_or_the_importance_weighted_bound(x):
+    network = make_network("ladder")
+    for found, expected in zip(training_loss(network, x), network.negative_elbo(x, seed=SEED), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+    network.n_samples = 5
+    loss, reconstruction, kl = training_loss(network, x, kl_weight=0.5)
+    log_px, log_ratio = np.array(network.importance_terms(x, 5, seed=SEED), float)
+    np.testing.assert_allclose(
+        loss, np.log(5) - special.logsumexp(log_px + 0.5 * log_ratio, axis=0), rtol=1e-5
+    )
+    bound = special.logsumexp(log_px + log_ratio, axis=0) - np.log(5)
+    np.testing.assert_allclose(reconstruction + kl, -bound, rtol=1e-5)
+
+
 def test_ladder_reconstructs_through_both_layers(train, digits):
     network, _ = train("ladder")
     x = digits[:200]
@@ -860,6 +874,17 @@ def test_each_model_trains_writes_its_files_and_resumes_bitwise(run, tmp_path, n
         assert set(arrays) == set(expected)
         for part in set(expected) - {"history"}:  # the log, with seconds
             np.testing.assert_array_equal(arrays[part], expected[part])
+
+
+def test_a_run_goes_on_with_another_number_of_samples(run, tmp_path):
+    assert (
+        run("--model=iwae", "--num_epochs=1", "--PRR=False", "--PMLR=False", f"--results_path={tmp_path}")
+        == 0
+    )
+    assert run("--resume", "--num_epochs=2", "--n_samples=2", f"--results_path={tmp_path}") == 0
+    assert keras.models.load_model(tmp_path / "vae.keras").n_samples == 2
+    assert len(read_log(tmp_path)) == 2
+    assert run_main.parse_flags([f"--load={tmp_path}"]).n_samples == 2
 
 
 @pytest.mark.parametrize(

@@ -211,7 +211,7 @@ def test_pictures_are_drawn_while_training_if_that_costs_little(trained_state, t
 
 @pytest.mark.quick
 def test_a_removed_picture_is_not_drawn_while_training(trained_state, tmp_path, monkeypatch):
-    """As after the edit that the README advises for pictures that need labels."""
+    """As after an edit of PICTURES."""
     state, digits, flags = trained_state
     run_main.start_events(state, tmp_path)
     monkeypatch.delitem(run_main.plot_utils.PICTURES, "samples.png")

@@ -1,0 +1,171 @@
+"""results/gallery.py: what it runs, resumes, publishes and calls stale; the programs it runs are replaced."""
+
+import importlib.util
+import json
+import re
+import shlex
+
+import pytest
+from conftest import ROOT
+
+import run_main
+
+pytestmark = pytest.mark.quick
+
+MADE = {"config.json": "{}", "log.csv": "epoch\n", "samples.png": "picture", "vae.keras": "network"}
+
+
+@pytest.fixture
+def gallery(tmp_path, monkeypatch):
+    """The program, in a copy of results/ that has a README and two experiments."""
+    spec = importlib.util.spec_from_file_location("gallery", ROOT / "results" / "gallery.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(__import__("sys").modules, "gallery", module)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
+    experiments = [
+        module.Experiment("one", "--dim_z 3 --num_epochs 2", ("samples.png",), n_seeds=2),
+        module.Experiment(
+            "two", "--model iwae --num_epochs 2", n_seeds=1, continuation="--n_samples 9 --num_epochs 3"
+        ),
+    ]
+    monkeypatch.setattr(module, "EXPERIMENTS", experiments)
+    monkeypatch.setattr(module, "TABLES", [module.Table("A table", module.ROW | module.ELBO, "one two")])
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "README.md").write_text(f"before\n{module.BEGIN}\nold\n{module.END}\nafter\n")
+    return module
+
+
+@pytest.fixture
+def commands(gallery, tmp_path, monkeypatch):
+    """The flags of the programs that are run; each trains all of its epochs, or as many as `limit` has."""
+    commands = []
+
+    def run(command, cwd, check):
+        flags = run_main.make_parser().parse_args(command[2:])
+        folder = tmp_path / flags.results_path
+        (folder / "checkpoint").mkdir(parents=True, exist_ok=True)
+        commands.append(shlex.join(command[2:]))
+        n_epochs = min(flags.num_epochs, commands.limit if hasattr(commands, "limit") else flags.num_epochs)
+        (folder / "checkpoint" / f"epoch-{n_epochs}.npz").touch()
+        for name, content in MADE.items():
+            (folder / name).write_text(content)
+        (folder / "metrics.json").write_text(json.dumps({"test_elbo": -100.0 - flags.seed}))
+
+    monkeypatch.setattr(gallery.subprocess, "run", run)
+    return commands
+
+
+def call(gallery, monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", ["gallery.py", *arguments])
+    return gallery.main()
+
+
+def test_everything_is_made_once_and_published(gallery, commands, tmp_path, monkeypatch, capsys):
+    assert call(gallery, monkeypatch, "--stale") == 1
+    assert capsys.readouterr().out.split() == ["results/one", "results/one/seed_1", "results/two"]
+    assert call(gallery, monkeypatch) == 0
+    assert commands == [
+        "--dim_z 3 --num_epochs 2 --seed 0 --results_path results/runs/one_0 --overwrite",
+        "--dim_z 3 --num_epochs 2 --seed 1 --results_path results/runs/one_1 --overwrite",
+        "--model iwae --num_epochs 2 --seed 0 --results_path results/runs/two_0 --overwrite",
+        "--resume --n_samples 9 --num_epochs 3 --seed 0 --results_path results/runs/two_0",
+    ]
+    published = {"config.json", "log.csv", "metrics.json", "gallery.json"}
+    one = {path.name for path in (tmp_path / "results" / "one").iterdir()}
+    assert one == published | {"samples.png", "seed_1"}
+    assert {path.name for path in (tmp_path / "results" / "one" / "seed_1").iterdir()} == published
+    assert call(gallery, monkeypatch, "--stale") == 0
+    commands.clear()
+    assert call(gallery, monkeypatch) == 0
+    assert commands == []
+    table = (tmp_path / "results" / "README.md").read_text()
+    assert table.startswith(f"before\n{gallery.BEGIN}\n") and table.endswith(f"{gallery.END}\nafter\n")
+    rows = re.findall(r"^\| (.*) \|$", table, re.MULTILINE)
+    assert rows[2:] == [
+        "`--dim_z 3 --num_epochs 2` | [one](one) | 2 | \N{MINUS SIGN}100.5 ± 0.5",
+        "`--model iwae --num_epochs 2`, then `--resume --n_samples 9 --num_epochs 3` | [two](two) | 1 | "
+        "\N{MINUS SIGN}100.0",
+    ]
+
+
+def test_only_what_is_asked_for_is_made(gallery, commands, monkeypatch):
+    assert call(gallery, monkeypatch, "--only", "two") == 0
+    assert ["two_0" in command for command in commands] == [True, True]
+    assert call(gallery, monkeypatch, "--stale", "--only", "two") == 0
+    assert call(gallery, monkeypatch, "--stale") == 1
+
+
+@pytest.mark.parametrize(("n_trained", "flags"), [(1, "--model iwae"), (2, "--resume --n_samples")])
+def test_an_interrupted_run_is_resumed_where_it_was(
+    gallery, commands, tmp_path, monkeypatch, n_trained, flags
+):
+    call(gallery, monkeypatch, "--only", "two")
+    (tmp_path / "results" / "two" / "metrics.json").unlink()
+    checkpoints = tmp_path / "results" / "runs" / "two_0" / "checkpoint"
+    for file in checkpoints.iterdir():
+        file.unlink()
+    (checkpoints / f"epoch-{n_trained}.npz").touch()
+    commands.clear()
+    call(gallery, monkeypatch, "--only", "two")
+    assert commands[0].startswith(flags)
+    assert len(commands) == 3 - n_trained
+    assert all("--resume" in command and "--overwrite" not in command for command in commands)
+
+
+def test_other_code_or_another_command_makes_a_folder_stale(gallery, commands, monkeypatch):
+    call(gallery, monkeypatch)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_main, "code_checksum", lambda name, model: model)
+        assert call(gallery, monkeypatch, "--stale") == 1
+    assert call(gallery, monkeypatch, "--stale") == 0
+    gallery.EXPERIMENTS[0].flags += " --warm_up 1"
+    commands.clear()
+    assert call(gallery, monkeypatch) == 0
+    assert all("--warm_up" in command and "--overwrite" in command for command in commands)
+    assert len(commands) == 2
+
+
+def test_numbers_of_other_code_are_left_out(gallery, commands, tmp_path, monkeypatch):
+    call(gallery, monkeypatch)
+    monkeypatch.setattr(run_main, "code_checksum", lambda name, model: model)
+    assert call(gallery, monkeypatch, "--tables") == 0
+    readme = (tmp_path / "results" / "README.md").read_text()
+    assert "| [one](one) | 0 |  |" in readme
+    assert "100" not in readme
+
+
+def real_gallery():
+    spec = importlib.util.spec_from_file_location("gallery", ROOT / "results" / "gallery.py")
+    module = importlib.util.module_from_spec(spec)
+    __import__("sys").modules["gallery"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_picture_and_command_of_the_readme_is_of_the_gallery():
+    experiments = {experiment.name: experiment for experiment in real_gallery().EXPERIMENTS}
+    readme = (ROOT / "results" / "README.md").read_text()
+    for folder, name in re.findall(r"\]\((\w+)/([\w.]+)\)", readme):
+        assert name in experiments[folder].published(0)
+        assert (ROOT / "results" / folder / name).exists()
+    for experiment in experiments.values():
+        flags = "`, then `".join(experiment.commands)
+        assert f"| `{flags}` | [{experiment.name}]" in readme or experiment.flags == ""
+
+
+def test_flags_of_all_experiments_are_valid_and_in_a_table():
+    gallery = real_gallery()
+    shown = " ".join(table.names for table in gallery.TABLES).split()
+    for experiment in gallery.EXPERIMENTS:
+        flags = run_main.parse_flags(shlex.split(experiment.flags))
+        last = run_main.make_parser().parse_args(shlex.split(experiment.commands[-1]))
+        assert last.num_epochs > flags.num_epochs or not experiment.continuation
+        assert experiment.name in shown
+        assert set(experiment.pictures) <= {*run_main_pictures()}
+
+
+def run_main_pictures():
+    run_main.import_tensorflow()
+    return run_main.plot_utils.PICTURES
