@@ -591,7 +591,7 @@ MODELS = {
     "ladder": Model("Ladder", options={"dim_z_lower": 64, "n_samples": 1}),
     "stein": Model("Stein", options={"n_samples": 20}),
     "labels": Model("Labels", other_flags=("n_labels",)),
-    "conditional": Model("Conditional", other_flags=("n_labels", "digit")),
+    "conditional": Model("Conditional", options={"n_labels": None}, other_flags=("digit",)),
     "convolutional": Model("Convolutional"),
 }
 

@@ -728,7 +728,7 @@ def test_convolutions_halve_the_image_twice_and_double_it_twice(n_pixels, sides)
 @pytest.fixture
 def conditional():
     """A small network with classes whose q(z|x, y) has no width, so that a draw is the mean."""
-    network = make_network("conditional", dim_z=3)
+    network = make_network("conditional", dim_z=3, n_labels=4)
     network.classifier_output.kernel.assign(20 * network.classifier_output.kernel)
     network.encoder_output.bias.assign([0.0] * 3 + [-40.0] * 3)
     return network
@@ -791,6 +791,18 @@ def test_training_loss_with_labels_against_numpy(conditional, x, labels):
     excess = np.mean(loss - reconstruction - 0.5 * kl)
     expected = 80 * cross_entropy[labels >= 0].mean() if (labels >= 0).any() else 0
     assert excess == pytest.approx(expected, rel=1e-4, abs=1e-3)
+
+
+def test_training_loss_is_the_same_but_faster_if_all_labels_are_known(conditional, x):
+    labels = np.arange(8)
+    among_hidden = training_loss(conditional, x, labels, kl_weight=0.5)
+    conditional.n_labels = None
+    for found, expected in zip(
+        training_loss(conditional, x, labels, kl_weight=0.5), among_hidden, strict=True
+    ):
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="n_labels"):
+        training_loss(conditional, x, np.arange(8) - 1)
 
 
 def test_log_px_sums_over_the_classes(conditional, x):
