@@ -256,10 +256,8 @@ def training_seed(flags, epoch, step):
 def compile_steps(network, flags):
     """Returns a function that trains for some steps of an epoch: a loop, compiled by XLA."""
 
-    def train_step(images, labels, batches, epoch, step):
-        indices = batches[step]
-        seed = training_seed(flags, epoch, step)
-        sgd_step(network, tf.gather(images, indices), tf.gather(labels, indices), seed, len(batches), flags)
+    def train_step(images, labels, indices, seed, n_steps):
+        sgd_step(network, tf.gather(images, indices), tf.gather(labels, indices), seed, n_steps, flags)
 
     if has_convolutions(network):
         train_step = compiled(train_step, jit_compile=True)
@@ -268,7 +266,9 @@ def compile_steps(network, flags):
         """Steps first to last - 1. batches: what `mini_batches` returns."""
         step = first
         while step < last:  # a loop over tf.range(first, last) would be compiled again for each pair
-            train_step(images, labels, batches, epoch, step)
+            # Here and not in train_step, because XLA would compile it again for each step.
+            indices = batches[step]
+            train_step(images, labels, indices, training_seed(flags, epoch, step), len(batches))
             step += 1
 
     return compiled(train_steps, jit_compile=not has_convolutions(network))

@@ -1,4 +1,4 @@
-"""The papers' models: what each changes, against an independent computation; the program runs each."""
+"""The other models: what each changes, against an independent computation; the program runs each."""
 
 import json
 
