@@ -84,9 +84,9 @@ def test_everything_is_made_once_and_published(gallery, commands, tmp_path, monk
     assert table.startswith(f"before\n{gallery.BEGIN}\n") and table.endswith(f"{gallery.END}\nafter\n")
     rows = re.findall(r"^\| (.*) \|$", table, re.MULTILINE)
     assert rows[2:] == [
-        "`--dim_z 3 --num_epochs 2` | [one](one) | 2 | \N{MINUS SIGN}100.5 ± 0.5",
+        "`--dim_z 3 --num_epochs 2` | [one](one) | 2 | \N{MINUS SIGN}100.50 ± 0.50",
         "`--model iwae --num_epochs 2`, then `--resume --n_samples 9 --num_epochs 3` | [two](two) | 1 | "
-        "\N{MINUS SIGN}100.0",
+        "\N{MINUS SIGN}100.00",
     ]
 
 
