@@ -687,26 +687,32 @@ class ClippedSGD(keras.optimizers.SGD):
 
 @keras.saving.register_keras_serializable("vae")
 class Convolutional(VAE):
-    """The lecture's model with convolutions: two in the encoder, two transposed ones in the decoder."""
+    """The lecture's model with convolutions: two in the encoder, two transposed ones in the decoder.
+
+    On both sides, a dense layer stands between them and z: without these, SGD had reached an ELBO of only
+    -151.9 after 17 epochs.
+    """
 
     def encoder_layers(self):
         side = math.isqrt(self.n_pixels)
         options = {"strides": 2, "padding": "same", "activation": "elu", "kernel_initializer": "he_normal"}
         return [
             keras.layers.Reshape((side, side, 1)),
-            keras.layers.Conv2D(32, 4, name="encoder_1", **options),
-            keras.layers.Conv2D(64, 4, name="encoder_2", **options),
+            keras.layers.Conv2D(16, 4, name="encoder_1", **options),
+            keras.layers.Conv2D(32, 4, name="encoder_2", **options),
             keras.layers.Flatten(),
+            hidden_layer(self.n_hidden, "tanh", name="encoder_3"),
         ]
 
     def decoder_layers(self):
         side = math.ceil(math.isqrt(self.n_pixels) / 4)  # which each transposed convolution doubles
         options = {"strides": 2, "padding": "same", "activation": "elu", "kernel_initializer": "he_normal"}
         return [
-            self.first_decoder_layer(side * side * 64, "tanh"),
-            keras.layers.Reshape((side, side, 64)),
-            keras.layers.Conv2DTranspose(32, 4, name="decoder_2", **options),
-            keras.layers.Conv2DTranspose(2, 4, name="decoder_3", **options),
+            self.first_decoder_layer(self.n_hidden, "tanh"),
+            hidden_layer(side * side * 32, "elu", name="decoder_2"),
+            keras.layers.Reshape((side, side, 32)),
+            keras.layers.Conv2DTranspose(16, 4, name="decoder_3", **options),
+            keras.layers.Conv2DTranspose(2, 4, name="decoder_4", **options),
             keras.layers.Flatten(),
         ]
 

@@ -715,7 +715,7 @@ def test_convolutions_halve_the_image_twice_and_double_it_twice(n_pixels, sides)
     for layer in network.decoder_hidden:
         h = layer(h)
         found.append(h.shape[1:])
-    channels = (32, 64, 32, 2)
+    channels = (16, 32, 16, 2)
     expected = [(side, side, n) for side, n in zip(sides, channels, strict=True)]
     assert [shape for shape in found if len(shape) == 3 and shape[2] != 1][:2] == expected[:2]
     assert found[-3:-1] == expected[2:]
