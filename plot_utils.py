@@ -131,8 +131,8 @@ class PlotData:
     def interpolations(self):
         """Start digits (n, n_pixels), images decoded along the lines (n, steps, n_pixels), and end digits.
 
-        A line ends at the next digit of a different class that is not itself a start. If z has no part in the
-        class, it ends at one of the same class, as which the line is decoded.
+        A line ends at the next digit of a different class that is not itself a start. In a network with
+        classes, where z holds only the style, it ends at the next digit of the same class and stays in it.
         """
         n = N_INTERPOLATIONS
         has_classes = self.network.has_classes
@@ -287,7 +287,7 @@ def draw_interpolation(data):
 
 
 def draw_classes(data):
-    """Draws z from the prior, each decoded as all ten classes: a row per z, a column per class."""
+    """Draws of z from the prior, each decoded as all ten classes: a row per z, a column per class."""
     if not data.network.has_classes:
         return None
     n = data.flags.PRR_n_img_y
@@ -732,7 +732,7 @@ class Explorer:
             self.is_decoded = self.place is None
 
     def choose_class(self, label):
-        """Sets the class as which z is decoded."""
+        """Sets the class that is decoded together with z."""
         self.label = np.array([label], np.int32)
         if self.has_classes:
             self.decoded_class.set_text(f"as a {label}; 0 to 9 on the keyboard choose")

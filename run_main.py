@@ -70,7 +70,7 @@ class Digits:
 
     train_images: np.ndarray  # (n, n_pixels) uint8; noise and binarization are resampled at every step
     train_labels: np.ndarray  # (n,) int32, -1 where a label is hidden
-    # If some labels are hidden, those digits that have one, from which each mini-batch gets some more.
+    # If some labels are hidden: the labelled digits, some of which are added to each mini-batch.
     labelled_images: np.ndarray  # (n_labelled, n_pixels) uint8
     labelled_labels: np.ndarray  # (n_labelled,) int32
     valid: "vae.Batch"  # noise and binarization drawn once
@@ -234,8 +234,8 @@ def sgd_step(network, images, labels, seed, n_steps, flags):
 def mini_batches(n_digits, n_labelled, epoch, flags):
     """Returns the indices of the digits in each mini-batch of an epoch, which goes through all digits once.
 
-    If n_labelled is not 0, the n_labelled digits after those are drawn from, with replacement, and
-    LABELLED_SHARE * batch_size of them are added to each mini-batch. Returns (n_steps, size of a mini-batch).
+    If labels are hidden, LABELLED_SHARE * batch_size of the n_labelled digits that follow these n_digits are
+    added to each mini-batch, drawn with replacement. Returns (n_steps, size of a mini-batch).
     """
     n_steps = n_digits // flags.batch_size
     order = tf.random.experimental.stateless_shuffle(tf.range(n_digits), [flags.seed, epoch])
@@ -538,7 +538,7 @@ def generate(network, flags, folder):
 
 
 def reconstruct(network, user_digits, flags, folder):
-    """Writes reconstructions, latent means, ELBO and found classes of the user's digits, and file names.
+    """Writes reconstructions, latent means, ELBO, predicted labels and file names of the user's digits.
 
     user_digits: what mnist_data.read_digits returns.
     """
@@ -580,7 +580,7 @@ class Model:
 
     class_name: str  # in vae.py
     options: dict = field(default_factory=dict)  # the flags that its constructor takes, and their defaults
-    other_flags: tuple[str, ...] = ()  # the flags that only this model and a few others have
+    other_flags: tuple[str, ...] = ()  # further flags that do not apply to every model
 
 
 MODELS = {

@@ -647,7 +647,7 @@ class VAE(keras.Model):
         return self.likelihood.mean(logits)
 
     def classify(self, x):
-        """Returns predicted labels, (n,), of images x: (n, n_pixels); None from a model that has none."""
+        """Returns predicted labels, (n,), of images x: (n, n_pixels); None if the model has no classifier."""
         return None
 
     def test_metrics(self, batch):
@@ -1096,10 +1096,10 @@ class Labels(VAE):
 
 
 def mean_over_labelled(loss, labels):
-    """Returns a loss of each image, (batch,), as 0 where the label is unknown.
+    """Sets the loss of images without a label to 0, and scales that of the others: (batch,).
 
-    The others are scaled, so that the mean over the mini-batch is the mean over the labelled images.
-    labels: (batch,), -1 for an unknown one.
+    The mean over the mini-batch is then the mean over the labelled images. labels: (batch,), -1 for an
+    unknown one.
     """
     is_labelled = tf.cast(labels >= 0, tf.float32)
     return loss * is_labelled / tf.maximum(1e-6, tf.reduce_mean(is_labelled))
