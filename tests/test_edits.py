@@ -844,7 +844,7 @@ def make_sign_sgd(learning_rate):
     return vae.SignSGD(learning_rate)
 """
 OPTIMIZERS = "OPTIMIZERS = {"
-FIRST_PAPER = "# --- The papers: each a model"
+FIRST_PAPER = "# --- Other models, most of them of a paper"
 
 
 def test_another_optimizer(capsys, program):
@@ -972,7 +972,8 @@ def mean_kernel(z, other):
 def test_another_loss(program):
     """The maximum mean discrepancy in place of the KL divergence (Zhao et al., arXiv:1706.02262)."""
     line = "        return self.negative_elbo(batch, seed=seed, keep_prob=keep_prob, kl_weight=kl_weight)\n"
-    program.replace("vae.py", line, MMD_LOSS)
+    after = "\n    def train_step("  # in VAE
+    program.replace("vae.py", line + after, MMD_LOSS + after)
     program.insert("vae.py", MMD, before="def active_units(mean):")
     program.start()
     program.run("--PMLR=False")
@@ -1029,7 +1030,7 @@ def test_a_model_with_a_flag(base, capsys, program):
 
 def test_looking_into_a_step(capsys, few_digits, program):
     """In a step that is not compiled, print shows numbers."""
-    line = "        return reconstruction + kl_weight * kl, reconstruction, kl\n"
+    line = "        return reconstruction + kl_weight * kl, reconstruction, kl\n\n    def elbo_terms("
     program.replace("vae.py", line, '        print("KL divergence:", kl.numpy())\n' + line)
     program.start()
     network = program.vae.VAE(2, 8)

@@ -237,7 +237,12 @@ def test_each_optimizer_has_its_own_learning_rate(optimizer):
     assert run_main.parse_flags(["--optimizer", optimizer, "--learn_rate", "0.5"]).learn_rate == 0.5
 
 
-MODEL_OF = {"n_samples": "--model=iwae", "dim_z_lower": "--model=ladder", "n_labels": "--model=labels"}
+MODEL_OF = {
+    "n_samples": "--model=iwae",
+    "dim_z_lower": "--model=ladder",
+    "n_labels": "--model=labels",
+    "digit": "--model=conditional",
+}
 LIMITS = {  # flag: a value below the lowest, the lowest, the highest, a value above it
     "dim_z": "0 1 10000 10001",
     "n_hidden": "0 1 100000 100001",
@@ -262,6 +267,7 @@ LIMITS = {  # flag: a value below the lowest, the lowest, the highest, a value a
     "PMLR_n_samples": "0 1 10000 10001",
     "n_importance": "0 1 2147483647 2147483648",
     "n_generate": "0 1 1000000 1000001",
+    "digit": "-1 0 9 10",
 }
 
 
@@ -275,6 +281,8 @@ def test_every_number_has_limits():
 def test_limits_of_numbers(flag):
     below, lowest, highest, above = LIMITS[flag].split()
     others = ["--num_epochs=2147483647", "--add_noise", "--PMLR=False", MODEL_OF.get(flag, "--model=vae")]
+    if flag == "digit":
+        others.append("--n_generate=1")
     for value in (below, above, "-1", "nan", "inf", "-inf", "1e400", "1_0x", "word", ""):
         with pytest.raises(run_main.UserError) as error:
             run_main.parse_flags([*others, f"--{flag}={value}"])
