@@ -735,7 +735,7 @@ class Explorer:
         """Sets the class that is decoded together with z."""
         self.label = np.array([label], np.int32)
         if self.has_classes:
-            self.decoded_class.set_text(f"as a {label}; 0 to 9 on the keyboard choose")
+            self.decoded_class.set_text(f"class {label}; press 0 to 9 to change it")
 
     def on_draw(self, event):
         """Keeps a copy of what does not change."""
@@ -783,7 +783,7 @@ class Explorer:
         point = self.plane.project(z)
         self.marker.set_data(point[:1], point[1:])
         self.restored.set_data(square(restored))
-        found = f"a {label}, " if label >= 0 else ""
+        found = f"class {label}, " if label >= 0 else ""
         self.elbo.set_text(f"{found}ELBO {elbo:.1f} nats")
 
 

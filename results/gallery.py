@@ -6,15 +6,16 @@
     python results/gallery.py --tables        only writes the tables
 
 It takes hours. It can be interrupted: finished runs are kept, and an interrupted one is resumed. Runs are in
-results/runs; what is published of them, without networks and checkpoints, is copied from there. "Other code"
-means another mnist_data.py, or another vae.py as far as the model uses it; docstrings and comments do not
-count.
+results/gallery_runs; the files to publish are copied from there, without networks and checkpoints. "Other
+code" means another mnist_data.py, or another vae.py as far as the model uses it; docstrings and comments do
+not count. Changes to run_main.py, such as to the training recipe, are not noticed.
 """
 
 import argparse
 import json
 import math
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -62,7 +63,7 @@ class Experiment:
 
     def run_folder(self, seed):
         """Returns the folder of a run, relative to the repository."""
-        return Path("results", "runs", f"{self.name}_{seed}")
+        return Path("results", "gallery_runs", f"{self.name}_{seed}")
 
     def published(self, seed):
         """Returns the names of the files that are published of a run."""
@@ -146,19 +147,18 @@ def make(experiment, seed):
     folder = experiment.run_folder(seed)
     record_file = ROOT / folder.with_suffix(".json")  # beside the folder, which must be empty at the start
     if run_main.read_json(record_file) != experiment.record():
-        record_file.unlink(missing_ok=True)
+        shutil.rmtree(ROOT / folder, ignore_errors=True)  # a run of other code or commands
+        write_json(record_file, experiment.record())
     for command in experiment.commands:
-        is_started = record_file.exists()
-        n_trained = max(run_main.checkpoint_files(ROOT / folder), default=0) if is_started else 0
+        n_trained = max(run_main.checkpoint_files(ROOT / folder), default=0)
         flags = shlex.split(command)
         is_last = command == experiment.commands[-1]
         if n_trained >= run_main.make_parser().parse_args(flags).num_epochs and not is_last:
             continue
         flags += ["--seed", str(seed), "--results_path", str(folder)]
-        if "--resume" not in flags:
-            flags.append("--resume" if n_trained else "--overwrite")
+        if n_trained and "--resume" not in flags:
+            flags.append("--resume")
         print("python run_main.py", shlex.join(flags), flush=True)
-        write_json(record_file, experiment.record())
         subprocess.run([sys.executable, "run_main.py", *flags], cwd=ROOT, check=True)
     publish(experiment, seed)
 
@@ -294,7 +294,7 @@ def row(cells):
 def write_tables():
     """Writes the tables into README.md, in place of the older ones."""
     file = RESULTS / "README.md"
-    before, rest = file.read_text().split(BEGIN)
+    before, rest = file.read_text(encoding="utf-8").split(BEGIN)
     _, after = rest.split(END)
     write_atomically(file, f"{before}{BEGIN}\n\n{tables()}\n{END}{after}")
 
@@ -322,7 +322,15 @@ def main():
         return 1 if stale else 0
     if not arguments.tables:
         for experiment, seed in stale:
-            make(experiment, seed)
+            try:
+                make(experiment, seed)
+            except subprocess.CalledProcessError as error:
+                print(
+                    f"gallery.py: error: {experiment.name} ended with status {error.returncode}",
+                    file=sys.stderr,
+                )
+                return 1
+            write_tables()
     write_tables()
     return 0
 

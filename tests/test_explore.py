@@ -104,10 +104,10 @@ def test_keys_choose_the_class_that_is_decoded():
     explorer.update()
     assert network.label == [9]
     np.testing.assert_array_equal(network.decoded[0], network.decoded[1])
-    assert "as a 9" in explorer.decoded_class.get_text()
+    assert "class 9" in explorer.decoded_class.get_text()
     write(explorer, (20, 20), (100, 100))
     explorer.update()
-    assert explorer.elbo.get_text() == "a 7, ELBO -123.2 nats"
+    assert explorer.elbo.get_text() == "class 7, ELBO -123.2 nats"
 
 
 @pytest.mark.quick

@@ -67,10 +67,10 @@ def test_everything_is_made_once_and_published(gallery, commands, tmp_path, monk
     assert capsys.readouterr().out.split() == ["results/one", "results/one/seed_1", "results/two"]
     assert call(gallery, monkeypatch) == 0
     assert commands == [
-        "--dim_z 3 --num_epochs 2 --seed 0 --results_path results/runs/one_0 --overwrite",
-        "--dim_z 3 --num_epochs 2 --seed 1 --results_path results/runs/one_1 --overwrite",
-        "--model iwae --num_epochs 2 --seed 0 --results_path results/runs/two_0 --overwrite",
-        "--resume --n_samples 9 --num_epochs 3 --seed 0 --results_path results/runs/two_0",
+        "--dim_z 3 --num_epochs 2 --seed 0 --results_path results/gallery_runs/one_0",
+        "--dim_z 3 --num_epochs 2 --seed 1 --results_path results/gallery_runs/one_1",
+        "--model iwae --num_epochs 2 --seed 0 --results_path results/gallery_runs/two_0",
+        "--resume --n_samples 9 --num_epochs 3 --seed 0 --results_path results/gallery_runs/two_0",
     ]
     published = {"config.json", "log.csv", "metrics.json", "gallery.json"}
     one = {path.name for path in (tmp_path / "results" / "one").iterdir()}
@@ -103,7 +103,7 @@ def test_an_interrupted_run_is_resumed_where_it_was(
 ):
     call(gallery, monkeypatch, "--only", "two")
     (tmp_path / "results" / "two" / "metrics.json").unlink()
-    checkpoints = tmp_path / "results" / "runs" / "two_0" / "checkpoint"
+    checkpoints = tmp_path / "results" / "gallery_runs" / "two_0" / "checkpoint"
     for file in checkpoints.iterdir():
         file.unlink()
     (checkpoints / f"epoch-{n_trained}.npz").touch()
@@ -123,8 +123,35 @@ def test_other_code_or_another_command_makes_a_folder_stale(gallery, commands, m
     gallery.EXPERIMENTS[0].flags += " --warm_up 1"
     commands.clear()
     assert call(gallery, monkeypatch) == 0
-    assert all("--warm_up" in command and "--overwrite" in command for command in commands)
+    assert all("--warm_up" in command and "--resume" not in command for command in commands)
     assert len(commands) == 2
+
+
+def test_a_run_of_other_code_is_gone_before_the_new_one_starts(gallery, commands, tmp_path, monkeypatch):
+    """Or an interruption at the start would leave its checkpoints beside the new record."""
+    call(gallery, monkeypatch, "--only", "two")
+    monkeypatch.setattr(run_main, "code_checksum", lambda name, model: model)
+
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gallery.subprocess, "run", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            call(gallery, monkeypatch, "--only", "two")
+    assert not (tmp_path / "results" / "gallery_runs" / "two_0").exists()
+    commands.clear()
+    call(gallery, monkeypatch, "--only", "two")
+    assert ["--resume" in command for command in commands] == [False, True]
+
+
+def test_a_run_that_fails_is_one_line(gallery, monkeypatch, capsys):
+    def fail(command, **options):
+        raise gallery.subprocess.CalledProcessError(2, command)
+
+    monkeypatch.setattr(gallery.subprocess, "run", fail)
+    assert call(gallery, monkeypatch) == 1
+    assert capsys.readouterr().err == "gallery.py: error: one ended with status 2\n"
 
 
 def test_numbers_of_other_code_are_left_out(gallery, commands, tmp_path, monkeypatch):
