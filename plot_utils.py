@@ -18,8 +18,6 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image  # comes with Matplotlib
 from scipy.ndimage import zoom
 
-N_CLASSES = 10
-
 DPI = 100
 GAP = 6  # pixels between groups of digits
 N_INTERPOLATIONS = 10  # rows
@@ -31,7 +29,7 @@ POSTERIOR_REACH = 6  # standard deviations to each side of the mean
 POSTERIOR_STEPS = 61  # points across
 N_PARTICLES = 100
 
-FRAME_SIZE = 400  # pixels, the longer side; half as many for each of ten planes
+FRAME_SIZE = 400  # pixels, the longer side; half of that if each class has a plane
 FRAME_LEVELS = 16  # shades of grey: a frame of 20 by 20 digits takes 35 kB, with all 256 levels 80 kB
 FRAME_SECONDS = 0.2
 LAST_FRAME_SECONDS = 2
@@ -42,6 +40,7 @@ COLOURS = (
     "#92dadd", "#717581", "#832db6", "#94a4a2", "#3f90da",  # 0 to 4
     "#ffa90e", "#b9ac70", "#e76300", "#bd1f01", "#a96b59",  # 5 to 9
 )  # fmt: skip
+N_CLASSES = len(COLOURS)
 
 
 @matplotlib.style.context("default")  # whatever matplotlibrc says
@@ -280,7 +279,7 @@ def draw_samples(data):
 
 
 def draw_interpolation(data):
-    """Straight lines in the latent space between digits of different classes, a row per pair."""
+    """Straight lines in the latent space, a row per pair of digits: see `PlotData.interpolations`."""
     starts, lines, ends = data.interpolations
     n, n_steps, _ = lines.shape
     return png(side_by_side([tile(starts, 1, n), tile(lines, n_steps, n), tile(ends, 1, n)]))
@@ -728,8 +727,8 @@ class Explorer:
             self.is_written = True
         elif self.has_classes and event.key in list("0123456789"):
             self.choose_class(int(event.key))
-            self.is_written = True  # draws all that changes
             self.is_decoded = self.place is None
+            self.draw_on_background(self.changing)
 
     def choose_class(self, label):
         """Sets the class that is decoded together with z."""

@@ -243,7 +243,7 @@ def mini_batches(n_digits, n_labelled, epoch, flags):
     if n_labelled == 0:
         return batches
     shape = (n_steps, math.ceil(LABELLED_SHARE * flags.batch_size))
-    seed = training_seed(flags, epoch, n_steps)  # which no step has
+    seed = training_seed(flags, epoch, n_steps)  # no step has this number
     drawn = tf.random.stateless_uniform(shape, seed, maxval=n_labelled, dtype=tf.int32)
     return tf.concat([batches, n_digits + drawn], axis=1)
 
@@ -254,7 +254,10 @@ def training_seed(flags, epoch, step):
 
 
 def compile_steps(network, flags):
-    """Returns a function that trains for some steps of an epoch: a loop, compiled by XLA."""
+    """Returns a function that trains for some steps of an epoch.
+
+    XLA compiles all of them as one or, with convolutions, each of them.
+    """
 
     def train_step(images, labels, indices, seed, n_steps):
         sgd_step(network, tf.gather(images, indices), tf.gather(labels, indices), seed, n_steps, flags)
@@ -266,7 +269,7 @@ def compile_steps(network, flags):
         """Steps first to last - 1. batches: what `mini_batches` returns."""
         step = first
         while step < last:  # a loop over tf.range(first, last) would be compiled again for each pair
-            # Here and not in train_step, because XLA would compile it again for each step.
+            # Not in train_step, which XLA would compile again for each step.
             indices = batches[step]
             train_step(images, labels, indices, training_seed(flags, epoch, step), len(batches))
             step += 1
@@ -286,8 +289,6 @@ def has_convolutions(network):
 def train(state, digits, flags, strategy):
     """Trains until all epochs are done. After each, adds a row to the history and yields it."""
     network = state.network
-    n_digits = len(digits.train_images)
-    n_steps = n_digits // flags.batch_size
     if flags.distribute == "none":
         train_steps = compile_steps(network, flags)
     else:
@@ -305,7 +306,8 @@ def train(state, digits, flags, strategy):
     for epoch in range(len(state.history) + 1, flags.num_epochs + 1):
         start = time.perf_counter()
         learn_rate = float(network.optimizer.learning_rate)
-        batches = mini_batches(n_digits, len(digits.labelled_labels), epoch, flags)
+        batches = mini_batches(len(digits.train_labels), len(digits.labelled_labels), epoch, flags)
+        n_steps = len(batches)
         network.reset_metrics()
         for first in progress(range(0, n_steps, STEPS_PER_CALL), f"epoch {epoch}", status):
             last = min(first + STEPS_PER_CALL, n_steps)
@@ -344,19 +346,27 @@ def prepare_digits(data, flags):
     """Returns the Digits of a mnist_data.DataSet."""
     images = data.train_images
     labels = mnist_data.keep_n_labels(data.train_labels, flags.n_labels, flags.seed)
-    is_labelled = (labels >= 0) & np.any(labels < 0)
+    is_labelled = labels >= 0
+    if is_labelled.all():
+        is_labelled[:] = False  # then no labelled digits are added to mini-batches
     labelled_images = images[is_labelled]
     labelled_labels = labels[is_labelled]
     if flags.augment and not flags.load:
-        images = mnist_data.augment(images, flags.seed)
-        labels = np.tile(labels, len(images) // len(labels))  # a copy has its label
+        images, labels = augment(images, labels, flags.seed)
         if len(labelled_labels):
             n_copies = max(4, N_LABELLED_COPIES // len(labelled_labels))
-            labelled_images = mnist_data.augment(labelled_images, [flags.seed, 1], n_copies)
-            labelled_labels = np.tile(labelled_labels, 1 + n_copies)
+            labelled_images, labelled_labels = augment(
+                labelled_images, labelled_labels, [flags.seed, 1], n_copies=n_copies
+            )
     valid = make_batch(data.valid_images, data.valid_labels, flags, evaluation_seed(0))
     test = make_batch(data.test_images, data.test_labels, flags, evaluation_seed(1))
     return Digits(images, labels, labelled_images, labelled_labels, as_numpy(valid), as_numpy(test))
+
+
+def augment(images, labels, seed, **options):
+    """Returns what mnist_data.augment makes of images, and its labels: a copy has that of its digit."""
+    images = mnist_data.augment(images, seed, **options)
+    return images, np.tile(labels, len(images) // len(labels))
 
 
 def as_numpy(batch):
@@ -558,8 +568,9 @@ def reconstruct(network, user_digits, flags, folder):
         "z": np.concatenate([network.encode(part.inputs) for part in parts]),
         "elbo": -(terms["reconstruction"] + terms["kl"]),
     }
-    if network.classify(x[:1]) is not None:
-        arrays["label"] = np.concatenate([network.classify(part.inputs) for part in parts])
+    predicted = [network.classify(part.inputs) for part in parts]
+    if predicted[0] is not None:
+        arrays["label"] = np.concatenate(predicted)
     if flags.n_importance:
         arrays |= importance_sampling(network, batch, flags)
     with atomic_write(folder / "reconstructed.npz") as part, zipfile.ZipFile(part, "w") as archive:
@@ -1023,7 +1034,7 @@ def claim_folder(flags, data, state):
     versions = {"python": sys.version}
     for name in ("tensorflow", "keras", "numpy", "scipy", "matplotlib"):
         versions[name] = importlib.import_module(name).__version__
-    scripts = {name: code_checksum(name, flags.model) for name in ("mnist_data.py", "vae.py", "run_main.py")}
+    scripts = {name: code_checksum(name) for name in ("mnist_data.py", "vae.py", "run_main.py")}
     config = {
         "flags": dataclasses.asdict(flags) | {"resume": False, "overwrite": False},
         "versions": versions,
@@ -1039,22 +1050,13 @@ def claim_folder(flags, data, state):
 
 
 @functools.cache
-def code_checksum(name, model):
-    """Returns the beginning of the SHA-256 of the code of a script that a model uses.
+def code_checksum(name, without=frozenset()):
+    """Returns the beginning of the SHA-256 of a script's code, without its docstrings and comments.
 
-    Docstrings and comments do not count, nor do other models' classes.
+    without: names of classes that do not count, either.
     """
     tree = ast.parse(Path(__file__).with_name(name).read_bytes())
-    bases = {}
-    for node in tree.body:
-        if isinstance(node, ast.ClassDef) and node.bases:
-            bases[node.name] = ast.unparse(node.bases[0])
-    others = {row.class_name for row in MODELS.values()}
-    used = MODELS[model].class_name
-    while used in others:  # the model's class and those that it is derived from
-        others.remove(used)
-        used = bases.get(used)
-    tree.body = [node for node in tree.body if getattr(node, "name", None) not in others]
+    tree.body = [node for node in tree.body if getattr(node, "name", None) not in without]
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
             del node.body[0]

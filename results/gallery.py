@@ -1,17 +1,18 @@
 """Makes the folders of results/ and the tables in results/README.md, from the commands that stand there.
 
-    python results/gallery.py                 makes what is missing or was made by other code
+    python results/gallery.py                 makes the folders that are missing or out of date
     python results/gallery.py --only NAME     only these folders
-    python results/gallery.py --stale         lists what is missing or of other code; status 1 if anything is
+    python results/gallery.py --stale         lists these; exits with 1 if there are any
     python results/gallery.py --tables        only writes the tables
 
 It takes hours. It can be interrupted: finished runs are kept, and an interrupted one is resumed. Runs are in
-results/gallery_runs; the files to publish are copied from there, without networks and checkpoints. "Other
-code" means another mnist_data.py, or another vae.py as far as the model uses it; docstrings and comments do
-not count. Changes to run_main.py, such as to the training recipe, are not noticed.
+results/gallery_runs; the files to publish are copied from there, without networks and checkpoints. A folder
+is out of date if its command or mnist_data.py has changed, or vae.py as far as the model uses it; docstrings
+and comments do not count. Changes to run_main.py, such as to the training recipe, are not noticed.
 """
 
 import argparse
+import ast
 import json
 import math
 import shlex
@@ -54,7 +55,10 @@ class Experiment:
     def record(self):
         """Returns what determines the results besides the seed: the commands and the code."""
         model = run_main.parse_flags(shlex.split(self.flags)).model
-        scripts = {name: run_main.code_checksum(name, model) for name in ("mnist_data.py", "vae.py")}
+        scripts = {
+            "mnist_data.py": run_main.code_checksum("mnist_data.py"),
+            "vae.py": run_main.code_checksum("vae.py", other_models(model)),
+        }
         return {"commands": self.commands, "scripts": scripts}
 
     def folder(self, seed):
@@ -75,6 +79,20 @@ class Experiment:
         folder = self.folder(seed)
         is_complete = all((folder / name).exists() for name in self.published(seed))
         return is_complete and run_main.read_json(folder / RECORD) == self.record()
+
+
+def other_models(model):
+    """Returns the names of the models' classes from which that of a model is not derived."""
+    bases = {}
+    for node in ast.parse(Path(run_main.__file__).with_name("vae.py").read_bytes()).body:
+        if isinstance(node, ast.ClassDef) and node.bases:
+            bases[node.name] = ast.unparse(node.bases[0])
+    others = {row.class_name for row in run_main.MODELS.values()}
+    used = run_main.MODELS[model].class_name
+    while used in others:
+        others.remove(used)
+        used = bases[used]
+    return frozenset(others)
 
 
 PLANE = ("latent_map.png", "manifold.png", "posterior.png")
@@ -190,18 +208,18 @@ class Table:
     names: str  # of the experiments
 
 
-def command(experiment, metrics):
+def flags_cell(experiment, metrics):
     """The flags of the commands."""
     flags = "`, then `".join(experiment.commands)
     return f"`{flags}`" if flags else "(default)"
 
 
-def folder(experiment, metrics):
+def folder_cell(experiment, metrics):
     """The folder."""
     return f"[{experiment.name}]({experiment.name})"
 
 
-def seeds(experiment, metrics):
+def seeds_cell(experiment, metrics):
     """How many seeds were run, from 0, by this code."""
     return str(len(metrics))
 
@@ -226,13 +244,13 @@ def mean_and_error(name, digits=2, factor=1):
     return cell
 
 
-def active_units(experiment, metrics):
-    """Active units of z in seed 0 (Burda et al. 2016); for a ladder, of the upper and the lower z."""
+def units_cell(experiment, metrics):
+    """Active units (Burda et al. 2016) with the first seed; for a ladder, of the upper and the lower z."""
     names = ("active_units", "active_units_lower")
     return " and ".join(str(metrics[0][name]) for name in names if metrics and name in metrics[0])
 
 
-ROW = {"flags": command, "folder": folder, "seeds": seeds}
+ROW = {"flags": flags_cell, "folder": folder_cell, "seeds": seeds_cell}
 ELBO = {"test ELBO": mean_and_error("test_elbo")}
 LOG_PX = {"log p(x)": mean_and_error("test_log_px")}
 QUADRATURE = {"log p(x) by quadrature": mean_and_error("test_log_px_grid")}
@@ -243,7 +261,7 @@ NOISE = {
     "of restored ones": mean_and_error("psnr_restored"),
 }
 ERROR = {"test error, %": mean_and_error("test_error", factor=100)}
-UNITS = {"active units": active_units}
+UNITS = {"active units": units_cell}
 
 TABLES = [
     Table(
@@ -307,7 +325,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     names = [experiment.name for experiment in EXPERIMENTS]
     parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", default=names, help="folders")
-    parser.add_argument("--stale", action="store_true", help="list what is missing or of other code")
+    parser.add_argument("--stale", action="store_true", help="list what is missing or out of date")
     parser.add_argument("--tables", action="store_true", help="only write the tables")
     arguments = parser.parse_args()
     stale = []
@@ -320,18 +338,15 @@ def main():
         for experiment, seed in stale:
             print(experiment.folder(seed).relative_to(ROOT))
         return 1 if stale else 0
-    if not arguments.tables:
-        for experiment, seed in stale:
-            try:
-                make(experiment, seed)
-            except subprocess.CalledProcessError as error:
-                print(
-                    f"gallery.py: error: {experiment.name} ended with status {error.returncode}",
-                    file=sys.stderr,
-                )
-                return 1
-            write_tables()
-    write_tables()
+    to_make = [] if arguments.tables else stale
+    try:
+        for experiment, seed in to_make:
+            make(experiment, seed)
+    except subprocess.CalledProcessError as error:
+        print(f"gallery.py: error: {experiment.name} ended with status {error.returncode}", file=sys.stderr)
+        return 1
+    finally:
+        write_tables()
     return 0
 
 

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 import shlex
+import sys
 
 import pytest
 from conftest import ROOT
@@ -15,13 +16,19 @@ pytestmark = pytest.mark.quick
 MADE = {"config.json": "{}", "log.csv": "epoch\n", "samples.png": "picture", "vae.keras": "network"}
 
 
+def load_gallery():
+    """Returns the program as a module; dataclasses look it up in sys.modules."""
+    spec = importlib.util.spec_from_file_location("gallery", ROOT / "results" / "gallery.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["gallery"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture
 def gallery(tmp_path, monkeypatch):
     """The program, in a copy of results/ that has a README and two experiments."""
-    spec = importlib.util.spec_from_file_location("gallery", ROOT / "results" / "gallery.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(__import__("sys").modules, "gallery", module)
-    spec.loader.exec_module(module)
+    module = load_gallery()
     monkeypatch.setattr(module, "ROOT", tmp_path)
     monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
     experiments = [
@@ -39,7 +46,7 @@ def gallery(tmp_path, monkeypatch):
 
 @pytest.fixture
 def commands(gallery, tmp_path, monkeypatch):
-    """The flags of the programs that are run; each trains all of its epochs, or as many as `limit` has."""
+    """The flags of the programs that are run; each trains all of its epochs."""
     commands = []
 
     def run(command, cwd, check):
@@ -47,8 +54,7 @@ def commands(gallery, tmp_path, monkeypatch):
         folder = tmp_path / flags.results_path
         (folder / "checkpoint").mkdir(parents=True, exist_ok=True)
         commands.append(shlex.join(command[2:]))
-        n_epochs = min(flags.num_epochs, commands.limit if hasattr(commands, "limit") else flags.num_epochs)
-        (folder / "checkpoint" / f"epoch-{n_epochs}.npz").touch()
+        (folder / "checkpoint" / f"epoch-{flags.num_epochs}.npz").touch()
         for name, content in MADE.items():
             (folder / name).write_text(content)
         (folder / "metrics.json").write_text(json.dumps({"test_elbo": -100.0 - flags.seed}))
@@ -117,7 +123,7 @@ def test_an_interrupted_run_is_resumed_where_it_was(
 def test_other_code_or_another_command_makes_a_folder_stale(gallery, commands, monkeypatch):
     call(gallery, monkeypatch)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_main, "code_checksum", lambda name, model: model)
+        patch.setattr(run_main, "code_checksum", lambda name, without=(): "other")
         assert call(gallery, monkeypatch, "--stale") == 1
     assert call(gallery, monkeypatch, "--stale") == 0
     gallery.EXPERIMENTS[0].flags += " --warm_up 1"
@@ -127,10 +133,32 @@ def test_other_code_or_another_command_makes_a_folder_stale(gallery, commands, m
     assert len(commands) == 2
 
 
+def test_the_code_of_a_model_is_of_the_classes_it_uses(gallery, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_main, "__file__", str(tmp_path / "run_main.py"))
+    source = (ROOT / "vae.py").read_text()
+    (tmp_path / "mnist_data.py").write_text("")
+    edits = {"VAE": "decoder_bias_scale = 2.0", "Ladder": "dim_z_lower=64", "": "IMPORTANCE_CHUNK = 50"}
+    models = ("vae", "ladder", "stein")
+
+    def checksums(source):
+        (tmp_path / "vae.py").write_text(source)
+        run_main.code_checksum.cache_clear()
+        records = [gallery.Experiment("one", f"--model {model}").record() for model in models]
+        return {model: record["scripts"]["vae.py"] for model, record in zip(models, records, strict=True)}
+
+    before = checksums(source)
+    assert len(set(before.values())) == 3
+    for name, old in edits.items():
+        found = checksums(source.replace(old, f"{old}1"))
+        changed = [model for model in models if found[model] != before[model]]
+        assert changed == (["ladder"] if name == "Ladder" else list(models))
+    run_main.code_checksum.cache_clear()
+
+
 def test_a_run_of_other_code_is_gone_before_the_new_one_starts(gallery, commands, tmp_path, monkeypatch):
     """Or an interruption at the start would leave its checkpoints beside the new record."""
     call(gallery, monkeypatch, "--only", "two")
-    monkeypatch.setattr(run_main, "code_checksum", lambda name, model: model)
+    monkeypatch.setattr(run_main, "code_checksum", lambda name, without=(): "other")
 
     def interrupt(*arguments, **options):
         raise KeyboardInterrupt
@@ -156,23 +184,15 @@ def test_a_run_that_fails_is_one_line(gallery, monkeypatch, capsys):
 
 def test_numbers_of_other_code_are_left_out(gallery, commands, tmp_path, monkeypatch):
     call(gallery, monkeypatch)
-    monkeypatch.setattr(run_main, "code_checksum", lambda name, model: model)
+    monkeypatch.setattr(run_main, "code_checksum", lambda name, without=(): "other")
     assert call(gallery, monkeypatch, "--tables") == 0
     readme = (tmp_path / "results" / "README.md").read_text()
     assert "| [one](one) | 0 |  |" in readme
     assert "100" not in readme
 
 
-def real_gallery():
-    spec = importlib.util.spec_from_file_location("gallery", ROOT / "results" / "gallery.py")
-    module = importlib.util.module_from_spec(spec)
-    __import__("sys").modules["gallery"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_every_picture_and_command_of_the_readme_is_of_the_gallery():
-    experiments = {experiment.name: experiment for experiment in real_gallery().EXPERIMENTS}
+    experiments = {experiment.name: experiment for experiment in load_gallery().EXPERIMENTS}
     readme = (ROOT / "results" / "README.md").read_text()
     for folder, name in re.findall(r"\]\((\w+)/([\w.]+)\)", readme):
         assert name in experiments[folder].published(0)
@@ -183,7 +203,7 @@ def test_every_picture_and_command_of_the_readme_is_of_the_gallery():
 
 
 def test_flags_of_all_experiments_are_valid_and_in_a_table():
-    gallery = real_gallery()
+    gallery = load_gallery()
     shown = " ".join(table.names for table in gallery.TABLES).split()
     for experiment in gallery.EXPERIMENTS:
         flags = run_main.parse_flags(shlex.split(experiment.flags))
