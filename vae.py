@@ -11,8 +11,8 @@ where the networks of their appendix C have one:
 An image x is a row of n_pixels numbers in [0, 1], a latent vector z a row of dim_z numbers. Losses are in
 nats per image: sums over pixels or latent dimensions, never means over them.
 
-In this order: random numbers, the three densities, the network with its loss and training step, and other
-models, seven of them of papers, each a subclass that overrides what it changes.
+In this order: random numbers; the three densities; the network with its loss and training step; other
+models, each a subclass that overrides only what it changes.
 """
 
 import contextlib
@@ -651,8 +651,9 @@ class VAE(keras.Model):
         return None
 
     def test_metrics(self, batch):
-        """Returns model-specific test metrics, {name: number}."""
-        return {}
+        """Returns model-specific test metrics, {name: number}: here a classifier's share of wrong labels."""
+        predicted = self.classify(batch.inputs)
+        return {} if predicted is None else {"test_error": float(np.mean(predicted != batch.labels))}
 
     def fingerprint(self):
         """Returns numbers that identify what the network computes: -ELBO, its two terms, a log weight."""
@@ -682,39 +683,45 @@ class ClippedSGD(keras.optimizers.SGD):
         super().update_step(gradient * scale, variable, learning_rate)
 
 
-# --- Other models, most of them of a paper: each overrides just what it changes -----------------------
+# --- Other models: each overrides only what it changes ------------------------------------------------
 
 
 @keras.saving.register_keras_serializable("vae")
 class Convolutional(VAE):
-    """The lecture's model with convolutions: two in the encoder, two transposed ones in the decoder.
+    """The lecture's model with two convolutions in the encoder and two transposed ones in the decoder.
 
-    On both sides, a dense layer stands between them and z: without these, SGD had reached an ELBO of only
-    -151.9 after 17 epochs.
+    Each of the networks also has a dense layer next to z. Without these two layers, SGD reached an ELBO of
+    only -151.9 in 17 epochs.
     """
 
     def encoder_layers(self):
         side = math.isqrt(self.n_pixels)
-        options = {"strides": 2, "padding": "same", "activation": "elu", "kernel_initializer": "he_normal"}
         return [
             keras.layers.Reshape((side, side, 1)),
-            keras.layers.Conv2D(16, 4, name="encoder_1", **options),
-            keras.layers.Conv2D(32, 4, name="encoder_2", **options),
+            strided_layer(keras.layers.Conv2D, 16, "encoder_1"),
+            strided_layer(keras.layers.Conv2D, 32, "encoder_2"),
             keras.layers.Flatten(),
             hidden_layer(self.n_hidden, "tanh", name="encoder_3"),
         ]
 
     def decoder_layers(self):
-        side = math.ceil(math.isqrt(self.n_pixels) / 4)  # which each transposed convolution doubles
-        options = {"strides": 2, "padding": "same", "activation": "elu", "kernel_initializer": "he_normal"}
+        side = math.ceil(math.isqrt(self.n_pixels) / 4)  # doubled by each transposed convolution
         return [
             self.first_decoder_layer(self.n_hidden, "tanh"),
             hidden_layer(side * side * 32, "elu", name="decoder_2"),
             keras.layers.Reshape((side, side, 32)),
-            keras.layers.Conv2DTranspose(16, 4, name="decoder_3", **options),
-            keras.layers.Conv2DTranspose(2, 4, name="decoder_4", **options),
+            strided_layer(keras.layers.Conv2DTranspose, 16, "decoder_3"),
+            # Few channels, because the output layer is dense: it has 784 weights for each of their pixels.
+            strided_layer(keras.layers.Conv2DTranspose, 2, "decoder_4"),
             keras.layers.Flatten(),
         ]
+
+
+def strided_layer(layer_class, n_channels, name):
+    """Returns a 4 x 4 convolution that halves the side of its images or, if transposed, doubles it."""
+    return layer_class(
+        n_channels, 4, strides=2, padding="same", activation="elu", kernel_initializer="he_normal", name=name
+    )
 
 
 @keras.saving.register_keras_serializable("vae")
@@ -1060,9 +1067,9 @@ def svgd_direction(z, score, repulsion=1.0):
 class Labels(VAE):
     """Images and labels: Pu et al., arXiv:1609.08976, without their convolutions and captions.
 
-    A linear one-versus-rest support vector machine predicts the label from z. On labelled
-    digits its hinge loss also trains the encoder: the objective is ELBO - HINGE_WEIGHT E_q[hinge(y, z)]. The
-    paper has xi E_q[log p(y|z)], with p of a Bayesian support vector machine.
+    A linear one-versus-rest support vector machine predicts the label from z. On labelled digits, its hinge
+    loss also trains the encoder: the objective is ELBO - HINGE_WEIGHT E_q[hinge(y, z)]. The paper has
+    xi E_q[log p(y|z)] with the p of a Bayesian support vector machine.
     """
 
     HINGE_WEIGHT = 80.0  # xi: 784 pixels to 10 classes, rounded
@@ -1090,10 +1097,6 @@ class Labels(VAE):
         z = self.posterior.sample(tile_samples(self.encoder(x), n), seed)
         return tf.argmax(tf.reduce_mean(self.classifier(z), axis=0), axis=-1, output_type=tf.int32)
 
-    def test_metrics(self, batch):
-        """Returns the share of wrong labels."""
-        return {"test_error": error_rate(self.classify(batch.inputs), batch.labels)}
-
 
 def mean_over_labelled(loss, labels):
     """Sets the loss of images without a label to 0, and scales that of the others: (batch,).
@@ -1105,26 +1108,24 @@ def mean_over_labelled(loss, labels):
     return loss * is_labelled / tf.maximum(1e-6, tf.reduce_mean(is_labelled))
 
 
-def error_rate(predicted, labels):
-    """Returns the share of wrong ones among predicted labels, (n,)."""
-    return float(np.mean(predicted != labels))
-
-
 @keras.saving.register_keras_serializable("vae")
 class Conditional(VAE):
-    """An image has a class y and a style z: model M2 of Kingma et al. 2014, arXiv:1406.5298.
+    """A class y beside the latent z, which holds the style: model M2 of Kingma et al. 2014, arXiv:1406.5298.
 
-    p(y) is 1/10, p(x|y, z) the decoder with y beside z, q(z|x, y) the encoder with y beside x, and q(y|x) a
-    classifier. ELBO(x, y) = E_q[log p(x|y, z)] - KL[q(z|x, y) || p(z)] - log 10 bounds log p(x, y): this is
-    the conditional VAE. Without a label, log p(x) is bounded by the sum over the classes,
-    sum_y q(y|x) ELBO(x, y) + H[q(y|x)] (equation 7). Labelled images also train the classifier (equation 9).
-    n_labels: how many images of each class are labelled; None for all of them, ten times as fast.
+    p(y) = 1/10; the decoder p(x|y, z) gets y beside z, the encoder q(z|x, y) gets it beside x, and q(y|x) is
+    a classifier. With all labels, this is the conditional VAE:
+    ELBO(x, y) = E_q[log p(x|y, z)] - KL[q(z|x, y) || p(z)] - log 10 bounds log p(x, y) (equation 6). If a
+    label is unknown, sum_y q(y|x) ELBO(x, y) + H[q(y|x)] bounds log p(x) (equation 7). Labelled images also
+    train the classifier (equation 9).
+
+    n_labels: how many images of each class are labelled. None: all of them, so that no label may be -1;
+    training is then ten times as fast.
     """
 
     has_log_joint = False  # p(x|z) would be a sum over the classes
     has_classes = True
     decoder_bias_scale = 0.0  # the weights of the classes act as random biases
-    CLASSIFIER_WEIGHT = 80.0  # alpha, for the mean over the labelled images
+    CLASSIFIER_WEIGHT = 80.0  # alpha, as HINGE_WEIGHT; the paper's 0.1 N is 0.1 for the mean over N images
 
     def __init__(self, *arguments, n_labels=None, **options):
         self.n_labels = n_labels
@@ -1149,7 +1150,10 @@ class Conditional(VAE):
         return self.classifier_output(h)
 
     def encoder(self, x, labels=None, *, keep_prob=None, seed=None):
-        """q(z|x, y): returns mean and log_var, (batch, dim_z). Without labels, y is the class found in x."""
+        """q(z|x, y): returns mean and log_var, (batch, dim_z) each. Without labels, y is found by q(y|x).
+
+        No label may be -1 here; `encode` and `reconstruct` allow that.
+        """
         labels = self.classify(x) if labels is None else labels
         x_and_y = append_class(as_float32(x) - self.mean_image, labels)
         h = self.hidden(self.encoder_hidden, x_and_y, keep_prob, seed, 0)
@@ -1183,13 +1187,15 @@ class Conditional(VAE):
     def training_loss(self, batch, *, seed, keep_prob, kl_weight):
         """Returns -ELBO plus the weighted cross-entropy of the labels, and the two terms of -ELBO.
 
-        The class of a labelled image is known: the other nine have probability 0.
+        The class of a labelled image is known: the other nine have probability 0. If n_labels is None, raises
+        ValueError without labels.
         """
+        if self.n_labels is None and batch.labels is None:
+            raise ValueError("pass the labels of all images, or make the network with n_labels")
         labels = labels_of(batch)
         logits = self.classifier(batch.inputs, keep_prob, seed)
         y = tf.one_hot(labels, N_CLASSES)
         if self.n_labels is None:
-            tf.debugging.assert_non_negative(labels, "a label is unknown: make the network with n_labels")
             _, reconstruction, kl = super().negative_elbo(batch, seed=seed, keep_prob=keep_prob)
             kl += math.log(N_CLASSES)
         else:
@@ -1206,25 +1212,25 @@ class Conditional(VAE):
         return tf.reduce_logsumexp(log_weights, axis=1) - math.log(N_CLASSES)
 
     def encode(self, x, labels=None):
-        """Returns the latent means, (n, dim_z), of images x with their classes: see `known_labels`."""
+        """Returns the latent means, (n, dim_z), of images x: (n, n_pixels); labels as for `known_labels`."""
         return super().encode(x, self.known_labels(x, labels))
 
     def reconstruct(self, x, labels=None):
-        """Returns images x: (n, n_pixels), encoded and decoded with their classes: see `known_labels`."""
-        return super().reconstruct(x, self.known_labels(x, labels))
+        """Returns images x: (n, n_pixels), encoded and decoded; labels as for `known_labels`."""
+        labels = self.known_labels(x, labels)
+        return self.decode(super().encode(x, labels), labels)
 
     def known_labels(self, x, labels):
-        """Returns labels, (n,), with the class found in x in place of -1; that of all images if None."""
+        """Returns labels, (n,), in which the class found in x replaces -1; without labels, all are found."""
         found = self.classify(x)
-        return found if labels is None else tf.where(labels >= 0, labels, found)
+        if labels is None:
+            return found
+        labels = tf.cast(labels, tf.int32)
+        return tf.where(labels >= 0, labels, found)
 
     def classify(self, x):
         """Returns the most probable class, (n,), of images x: (n, n_pixels)."""
         return tf.argmax(self.classifier(x), axis=-1, output_type=tf.int32)
-
-    def test_metrics(self, batch):
-        """Returns the share of wrong labels."""
-        return {"test_error": error_rate(self.classify(batch.inputs), batch.labels)}
 
 
 def append_class(h, labels):

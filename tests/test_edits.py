@@ -844,7 +844,7 @@ def make_sign_sgd(learning_rate):
     return vae.SignSGD(learning_rate)
 """
 OPTIMIZERS = "OPTIMIZERS = {"
-FIRST_PAPER = "# --- Other models, most of them of a paper"
+FIRST_PAPER = "# --- Other models: each overrides"
 
 
 def test_another_optimizer(capsys, program):
