@@ -131,7 +131,8 @@ class PlotData:
         """Start digits (n, n_pixels), images decoded along the lines (n, steps, n_pixels), and end digits.
 
         A line ends at the next digit of a different class that is not itself a start. In a network with
-        classes, where z holds only the style, it ends at the next digit of the same class and stays in it.
+        classes, where z holds only the style, it ends at the next digit of the same class and stays in it. If
+        there is no such digit, it ends at the next one.
         """
         n = N_INTERPOLATIONS
         has_classes = self.network.has_classes
@@ -295,13 +296,14 @@ def draw_classes(data):
 
 
 def draw_analogies(data):
-    """The first test digits, and the style of each, which is its z, in all ten classes."""
+    """The first test digits, as the encoder sees them, and the style of each, its z, in all ten classes."""
     if not (data.flags.PRR and data.network.has_classes):
         return None
     n = data.flags.PRR_n_img_y
     images = data.decode_as_every_class(data.mean[:n])
     factor = data.flags.PRR_resize_factor
-    return png(side_by_side([tile(data.x[:n], 1, n, factor), tile(images, N_CLASSES, n, factor)]))
+    inputs = data.x_corrupted[:n]
+    return png(side_by_side([tile(inputs, 1, n, factor), tile(images, N_CLASSES, n, factor)]))
 
 
 def draw_manifold(data):

@@ -234,18 +234,23 @@ def sgd_step(network, images, labels, seed, n_steps, flags):
 def mini_batches(n_digits, n_labelled, epoch, flags):
     """Returns the indices of the digits in each mini-batch of an epoch, which goes through all digits once.
 
-    If labels are hidden, LABELLED_SHARE * batch_size of the n_labelled digits that follow these n_digits are
-    added to each mini-batch, drawn with replacement. Returns (n_steps, size of a mini-batch).
+    If labels are hidden, labelled_batch_size of the n_labelled digits that follow these n_digits are added to
+    each mini-batch, drawn with replacement. Returns (n_steps, size of a mini-batch).
     """
     n_steps = n_digits // flags.batch_size
     order = tf.random.experimental.stateless_shuffle(tf.range(n_digits), [flags.seed, epoch])
     batches = tf.reshape(order[: n_steps * flags.batch_size], (n_steps, flags.batch_size))
     if n_labelled == 0:
         return batches
-    shape = (n_steps, math.ceil(LABELLED_SHARE * flags.batch_size))
+    shape = (n_steps, labelled_batch_size(flags))
     seed = training_seed(flags, epoch, n_steps)  # no step has this number
     drawn = tf.random.stateless_uniform(shape, seed, maxval=n_labelled, dtype=tf.int32)
     return tf.concat([batches, n_digits + drawn], axis=1)
+
+
+def labelled_batch_size(flags):
+    """Returns how many labelled digits are added to each mini-batch if labels are hidden."""
+    return math.ceil(LABELLED_SHARE * flags.batch_size)
 
 
 def training_seed(flags, epoch, step):
@@ -346,11 +351,15 @@ def prepare_digits(data, flags):
     """Returns the Digits of a mnist_data.DataSet."""
     images = data.train_images
     labels = mnist_data.keep_n_labels(data.train_labels, flags.n_labels, flags.seed)
-    is_labelled = labels >= 0
-    if is_labelled.all():
-        is_labelled[:] = False  # then no labelled digits are added to mini-batches
-    labelled_images = images[is_labelled]
-    labelled_labels = labels[is_labelled]
+    added = labels >= 0  # to mini-batches
+    if flags.n_labels is None:
+        added[:] = False
+    elif added.all():
+        raise UserError(
+            f"--n_labels {flags.n_labels} hides no label: lower it or, to use all labels, omit it"
+        )
+    labelled_images = images[added]
+    labelled_labels = labels[added]
     if flags.augment and not flags.load:
         images, labels = augment(images, labels, flags.seed)
         if len(labelled_labels):
@@ -1323,6 +1332,10 @@ def distribution_strategy(flags):
         n_replicas = strategy.num_replicas_in_sync
         if flags.batch_size % n_replicas:
             raise UserError(f"--batch_size {flags.batch_size} must be divisible by the {n_replicas} replicas")
+        n_labelled = labelled_batch_size(flags)
+        if flags.n_labels and n_labelled % n_replicas:
+            added = f"--batch_size {flags.batch_size} adds {n_labelled} labelled digits to each mini-batch"
+            raise UserError(f"{added}: this number must be divisible by the {n_replicas} replicas")
         try:
             yield strategy
             compare_workers(strategy, "ends", "")  # a worker that ends early would count as lost

@@ -227,7 +227,7 @@ def seeds_cell(experiment, metrics):
 def mean_and_error(name, digits=2, factor=1):
     """Returns a column: the mean of a metric over the seeds, and its standard error.
 
-    With one seed, it is the standard error over the test digits, if that was recorded.
+    If one seed is all, it is the standard error over the test digits, if that was recorded.
     """
 
     def cell(experiment, metrics):
@@ -236,8 +236,10 @@ def mean_and_error(name, digits=2, factor=1):
             return ""
         if len(values) > 1:
             error = np.std(values, ddof=1) / math.sqrt(len(values))
-        else:
+        elif experiment.n_seeds == 1:
             error = factor * metrics[0].get(f"{name}_standard_error", math.nan)
+        else:
+            error = math.nan  # the other seeds are yet to be run
         mean = f"{np.mean(values):.{digits}f}".replace("-", "\N{MINUS SIGN}")
         return mean if math.isnan(error) else f"{mean} ± {error:.{digits}f}"
 

@@ -21,7 +21,7 @@ N_EPOCHS = 6
 # the order of the digits, so two devices compute what one does. The weight decay is large, so that a weight
 # which is decayed on one device but not on two would differ.
 WEIGHT_DECAY = 1.0
-TWO_DEVICES = f"""
+SCRIPT = """
 import sys
 import run_main
 
@@ -35,14 +35,17 @@ make_batch = run_main.make_batch
 
 def print_and_make_batch(images, labels, flags, seed):
     pixel_sum = tf.reduce_sum(tf.cast(images, tf.int64))
-    tf.print("batch", *tf.unstack(seed), len(images), pixel_sum, output_stream=sys.stdout)
+    n_labelled = tf.math.count_nonzero(labels >= 0)
+    tf.print("batch", *tf.unstack(seed), len(images), n_labelled, pixel_sum, output_stream=sys.stdout)
     return make_batch(images, labels, flags, seed)
 
 run_main.make_batch = print_and_make_batch
+"""
+DETERMINISTIC = f"""
 run_main.vae.reparameterize = lambda mean, log_var, seed: mean
 run_main.WEIGHT_DECAY = {WEIGHT_DECAY}
-sys.exit(run_main.main(sys.argv[1:]))
 """
+RUN = "sys.exit(run_main.main(sys.argv[1:]))"
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +144,7 @@ def test_resume_after_losing_each_worker_is_bitwise_reproducible(program, one_pr
 def test_two_devices_compute_what_one_does(program, mnist, monkeypatch, tmp_path):
     """Losses, weights and momenta agree; each device has its half of every mini-batch and its own seeds."""
     script = tmp_path / "two_devices.py"
-    script.write_text(TWO_DEVICES)
+    script.write_text(SCRIPT + DETERMINISTIC + RUN)
     flags = (*SMALL, "--num_epochs=1", "--keep_prob=1", *NO_PICTURES, DATA)
     two_flags = (*flags, "--distribute=mirrored", "--results_path=two")
     two = program(*two_flags, script=script, env=CPU_ONLY | {"PYTHONPATH": str(ROOT)})
@@ -164,12 +167,29 @@ def test_two_devices_compute_what_one_does(program, mnist, monkeypatch, tmp_path
     pixel_sums = []
     for line in out.splitlines():
         if line.startswith("batch "):
-            *seed, n_images, pixel_sum = line.split()[1:]
+            *seed, n_images, _, pixel_sum = line.split()[1:]
             if n_images == "250":  # not the validation or test digits
                 seeds.add(tuple(seed))
                 pixel_sums.append(int(pixel_sum))
     assert len(pixel_sums) == len(seeds) == 2 * (55_000 // 500)
     assert sum(pixel_sums) == mnist.train_images.sum(dtype=np.int64)
+
+
+def test_two_devices_share_the_labelled_digits(program, data_dir, tmp_path):
+    """A quarter of --batch_size is added to each mini-batch, and each device has half of it."""
+    script = tmp_path / "two_devices.py"
+    script.write_text(f'{SCRIPT}\nassert run_main.main([*sys.argv[1:], "--batch_size=1002"]) == 2\n{RUN}')
+    model = ("--model=conditional", "--n_labels=10", "--n_hidden=8", "--num_epochs=1")
+    flags = (*model, *NO_PICTURES, DATA, "--distribute=mirrored", "--results_path=two")
+    run = program(*flags, "--batch_size=1000", script=script, env=CPU_ONLY | {"PYTHONPATH": str(ROOT)})
+    out, err = run.communicate(timeout=120)
+    assert run.returncode == 0, err
+    assert "251 labelled digits" in err
+    batches = [line.split() for line in out.splitlines() if line.startswith("batch ")]
+    n_labelled = [int(batch[-2]) for batch in batches if batch[-3] == "625"]
+    assert len(n_labelled) == 2 * 55
+    assert all(125 <= n <= 130 for n in n_labelled)
+    assert read_log(tmp_path / "two")[0]["valid_elbo"] < -100
 
 
 def test_workers_with_different_flags_are_rejected(program, one_process, tmp_path):

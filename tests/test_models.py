@@ -968,10 +968,12 @@ def test_each_mini_batch_has_a_share_of_labelled_digits(few_digits):
 
 def test_no_digits_are_added_if_all_labels_are_known(few_digits):
     run_main.import_tensorflow()
-    for flags in (["--model=conditional"], ["--model=vae"], ["--model=labels", "--n_labels=9999"]):
+    for flags in (["--model=conditional"], ["--model=vae"]):
         digits = run_main.prepare_digits(few_digits, run_main.parse_flags(flags))
         assert digits.labelled_images.shape == (0, 784)
         assert digits.labelled_labels.shape == (0,)
+    with pytest.raises(run_main.UserError, match="--n_labels 9999 hides no label"):
+        run_main.prepare_digits(few_digits, run_main.parse_flags(["--model=labels", "--n_labels=9999"]))
 
 
 @pytest.mark.parametrize(("augment", "n_copies"), [(False, 1), (True, 5)])
