@@ -130,9 +130,9 @@ class PlotData:
     def interpolations(self):
         """Start digits (n, n_pixels), images decoded along the lines (n, steps, n_pixels), and end digits.
 
-        A line ends at the next digit of a different class that is not itself a start. In a network with
-        classes, where z holds only the style, it ends at the next digit of the same class and stays in it. If
-        there is no such digit, it ends at the next one.
+        The first n digits are starts. Line i ends at the first digit from number n + i on that is of another
+        class. In a network with classes, where z holds only the style, it ends at one of the same class and
+        stays in it. If there is no such digit, it ends at number n + i.
         """
         n = N_INTERPOLATIONS
         has_classes = self.network.has_classes
@@ -296,7 +296,7 @@ def draw_classes(data):
 
 
 def draw_analogies(data):
-    """The first test digits, as the encoder sees them, and the style of each, its z, in all ten classes."""
+    """The first test digits, as the encoder sees them, and the z of each, its style, as all ten classes."""
     if not (data.flags.PRR and data.network.has_classes):
         return None
     n = data.flags.PRR_n_img_y
@@ -415,7 +415,7 @@ def draw_posterior(data):
 
 
 def draw_simplex(data):
-    """The test digits by the lengths of their three sticks, in the triangle of shares, coloured by class."""
+    """The test digits by the lengths of their three pieces of the stick, in a triangle, coloured by class."""
     if not (data.flags.draws_manifold and data.flags.model == "stick_breaking"):
         return None
     sticks = data.network.sticks(data.mean[: data.flags.PMLR_n_samples]).numpy()  # (n, 3), which sum to 1
@@ -425,8 +425,8 @@ def draw_simplex(data):
     axes = figure.add_axes((0.05, 0.05, 0.83, 0.9))
     scatter(axes, sticks @ corners, data.labels[: len(sticks)])
     axes.plot(outline[:, 0], outline[:, 1], color="black", linewidth=0.8)
-    axes.text(*corners[0], "first stick", ha="center", va="top")
-    axes.text(*corners[1], "second stick", ha="center", va="top")
+    axes.text(*corners[0], "first piece", ha="center", va="top")
+    axes.text(*corners[1], "second piece", ha="center", va="top")
     axes.text(*corners[2], "the rest", ha="center", va="bottom")
     axes.set_aspect("equal")
     axes.set_axis_off()
@@ -632,7 +632,7 @@ def window():
 
 
 class Explorer:
-    """Decodes the latent map under the mouse, and shows where a digit that the user writes lies on the map.
+    """Decodes the point of the map under the mouse, and shows where a digit that the user writes lies on it.
 
     decode: from z, (1, dim_z), and a class, (1,), to an image, (1, n_pixels). examine: from ink in [0, 1],
     (PAPER_SIDE, PAPER_SIDE), to the written digit's z, its reconstruction, its ELBO and its class, -1 if that
@@ -723,7 +723,7 @@ class Explorer:
         self.is_written = True
 
     def on_key(self, event):
-        """Erases what is written at the key e; chooses a class at 0 to 9. Matplotlib uses neither."""
+        """The key e erases the digit; 0 to 9 choose the class. Matplotlib itself uses none of them."""
         if event.key == "e":
             self.ink = np.zeros_like(self.ink)
             self.is_written = True

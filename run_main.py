@@ -148,10 +148,10 @@ WEIGHT_DECAY = 0.003
 CLIP_NORM = 1.0
 DROPOUT_ANNEALING = 0.5  # fraction of the run during which dropout is annealed to zero
 
-# If labels are hidden, this share of --batch_size is added to each mini-batch as labelled digits: of 100 in
-# 55,000, it would otherwise have one in four.
+# If labels are hidden, this share of --batch_size is added to each mini-batch as labelled digits. If 100 of
+# 55,000 are labelled, only one mini-batch in four would otherwise have one.
 LABELLED_SHARE = 0.25
-N_LABELLED_COPIES = 8_000  # with --augment, the number of their copies, if that is above four per digit
+N_LABELLED_COPIES = 8_000  # of the labelled digits in all, with --augment; but at least four of each
 
 STEPS_PER_CALL = 50  # after which the progress of an epoch is shown; no number depends on it
 
@@ -232,10 +232,11 @@ def sgd_step(network, images, labels, seed, n_steps, flags):
 
 
 def mini_batches(n_digits, n_labelled, epoch, flags):
-    """Returns the indices of the digits in each mini-batch of an epoch, which goes through all digits once.
+    """Returns the digits of each mini-batch of an epoch, as indices: (n_steps, size of a mini-batch).
 
-    If labels are hidden, labelled_batch_size of the n_labelled digits that follow these n_digits are added to
-    each mini-batch, drawn with replacement. Returns (n_steps, size of a mini-batch).
+    An epoch goes through the n_digits once, in random order, except for a last, incomplete mini-batch. If
+    labels are hidden, each mini-batch also gets labelled digits, drawn with replacement: their indices are
+    n_digits to n_digits + n_labelled - 1.
     """
     n_steps = n_digits // flags.batch_size
     order = tf.random.experimental.stateless_shuffle(tf.range(n_digits), [flags.seed, epoch])
@@ -261,7 +262,7 @@ def training_seed(flags, epoch, step):
 def compile_steps(network, flags):
     """Returns a function that trains for some steps of an epoch.
 
-    XLA compiles all of them as one or, with convolutions, each of them.
+    XLA compiles the whole loop or, with convolutions, a single step.
     """
 
     def train_step(images, labels, indices, seed, n_steps):
@@ -286,7 +287,7 @@ def has_convolutions(network):
     """Returns whether a kernel has more than two axes, so that loops must not be compiled by XLA.
 
     On a CPU, XLA runs a convolution inside a loop on one core, which takes 25 times as long. Dense layers
-    take 9% longer in a loop outside of XLA. The results have the same bits.
+    take 9% longer in a loop outside of XLA. The results are the same, bit for bit.
     """
     return any(len(variable.shape) > 2 for variable in network.trainable_variables)
 
@@ -351,7 +352,7 @@ def prepare_digits(data, flags):
     """Returns the Digits of a mnist_data.DataSet."""
     images = data.train_images
     labels = mnist_data.keep_n_labels(data.train_labels, flags.n_labels, flags.seed)
-    added = labels >= 0  # to mini-batches
+    added = labels >= 0  # to every mini-batch
     if flags.n_labels is None:
         added[:] = False
     elif added.all():
@@ -373,7 +374,7 @@ def prepare_digits(data, flags):
 
 
 def augment(images, labels, seed, **options):
-    """Returns what mnist_data.augment makes of images, and its labels: a copy has that of its digit."""
+    """Returns images with their augmented copies, and the labels of both; options: of mnist_data.augment."""
     images = mnist_data.augment(images, seed, **options)
     return images, np.tile(labels, len(images) // len(labels))
 
@@ -535,7 +536,7 @@ def evaluate_test_set(network, test, arrays, flags):
 def generate(network, flags, folder):
     """Writes generated.npz: new images (n, side, side) uint8 and their z (n, dim_z), drawn from the prior.
 
-    If the network has classes, the images' label, (n,), too: --digit, or all of them in turn.
+    For a network with classes, also the images' label, (n,): --digit, or 0 to 9 in turn.
     """
     label = np.arange(flags.n_generate, dtype=np.int32) % vae.N_CLASSES
     if flags.digit is not None:
@@ -695,7 +696,9 @@ LEARN_RATE_HELP = f"initial learning rate, which decays to 0 ({LEARN_RATES})"
 STRATEGIES = ("none", "mirrored", "multi_worker")
 PRR_GROUP = "PRR: plot reproduction result"
 PMLR_GROUP = "PMLR: plot manifold learning result"
-PMLR_HELP = "plot the decoded latent plane (default: if --dim_z is 2); False also skips the latent map"
+PMLR_HELP = (
+    "plot the decoded latent plane (default: if --dim_z is 2); False skips all plots of the latent space"
+)
 RUN_GROUP = "run, and what to do with it afterwards"
 RESULTS_HELP = "output folder; must be new or empty (default: the next results/runN)"
 EPOCH_PLOTS_HELP = "keep reconstructions and manifold of every epoch in epochs/"

@@ -63,8 +63,8 @@ def fold_in(seed, number):
 def random_uniform(n, seed):
     """Returns n uniform draws from (0, 1), two from each random 32-bit integer, which saves 4% of an epoch.
 
-    Threefry, XLA's generator, exists in compiled code only. TensorFlow's would make an epoch with noise twice
-    as long.
+    TensorFlow has Threefry in XLA-compiled code only. Its other generator, Philox, would make an epoch with
+    noise twice as long.
     """
     bits = tf.random.stateless_uniform(
         [(n + 1) // 2], seed, minval=None, maxval=None, dtype=tf.uint32, alg="threefry"
@@ -122,7 +122,7 @@ def binarize(x, seed):
 
 @contextlib.contextmanager
 def reproducible_initialization(seed):
-    """Within, new Keras layers are float32, and their initial weights are a function of `seed`.
+    """Inside this context, new Keras layers are float32, and their initial weights are a function of `seed`.
 
     An initializer without a seed takes one from Python's `random`; its state is restored afterwards.
     """
@@ -158,8 +158,8 @@ class Density(keras.layers.Layer):
 class Prior(Density):
     """p(z). Subclasses implement log_prob and sample with StandardNormal's signatures."""
 
-    # The distribution function of one dimension of z and its inverse, on NumPy arrays. The manifold's axes
-    # follow them or, where a prior has none, the encoded digits.
+    # The distribution function of one dimension of z and its inverse, on NumPy arrays. They set the axes of
+    # the manifold; if a prior has none, the distribution of the encoded digits does.
     cdf = None
     quantile = None
 
@@ -276,7 +276,7 @@ class Bernoulli(Likelihood):
         return binarize(tf.sigmoid(logits), seed)
 
     def initial_output_bias(self, mean_image):
-        """Makes the decoder output mean_image, clipped so that always-black pixels get a finite logit."""
+        """The biases that output mean_image, clipped so that always-black pixels get finite logits."""
         pixels = np.clip(mean_image, 0.001, 0.999)
         return np.log(pixels / (1 - pixels))
 
@@ -363,7 +363,8 @@ class VAE(keras.Model):
 
     dim_z: length of a latent vector. n_hidden: units per hidden layer.
     mean_image: mean of the training images, (n_pixels,) in [0, 1] or one number; saved with the weights.
-    seed: a non-negative integer that determines the initial weights.
+    seed: a non-negative integer that determines the initial weights, and the random numbers of Keras' `fit`
+    and of `sample` without a seed.
 
     Encoder and decoder get the labels, (batch,) integers or None, for models with a condition; here they
     ignore them. keep_prob is that of dropout in training, and None in evaluation.
@@ -470,7 +471,7 @@ class VAE(keras.Model):
         return self.decoder_output(h)
 
     def hidden(self, layers, h, keep_prob, seed, first_layer):
-        """Applies hidden layers, each followed by dropout. first_layer: its number, for random streams."""
+        """Applies hidden layers, each followed by dropout. first_layer: the number of the first."""
         for number, layer in enumerate(layers, first_layer):
             h = layer(h, training=keep_prob is not None)
             if hasattr(layer, "kernel"):  # not after normalization or reshaping
@@ -588,17 +589,17 @@ class VAE(keras.Model):
         return self.likelihood.log_prob_table(as_float32(x), self.decoder(z)) + self.prior.log_prob(z)
 
     def kl_per_unit(self, q):
-        """KL[q(z|x) || p(z)] of each latent dimension, (batch, dim_z); None unless both factorize."""
+        """KL[q(z|x) || p(z)] of each latent dimension, (batch, dim_z); None unless q and p are Gaussian."""
         if type(self.prior) is StandardNormal and type(self.posterior) is GaussianPosterior:
             return self.prior.kl_per_unit(*q)
         return None
 
     def log_marginal_likelihood_grid(self, x, mean, log_var, progress=iter):
-        """log p(x) in nats, (n,), by quadrature over the plane of dim_z 2.
+        """log p(x) in nats, (n,), by quadrature over the latent plane, for dim_z 2.
 
         mean, log_var: (n, 2), the moments of q(z|x). The grid covers at least [-5, 5] and six standard
         deviations around every mean. Its spacing is the smallest standard deviation, at most 0.05, with no
-        more than 1,001 points on an axis. This is exact where p(z|x) is no narrower than the spacing.
+        more than 1,001 points on an axis. The sum is accurate if p(z|x) is no narrower than the spacing.
         progress(columns) iterates over the grid's columns, and may show how many are done.
         """
         std = np.exp(np.asarray(log_var) / 2)
@@ -651,7 +652,7 @@ class VAE(keras.Model):
         return None
 
     def test_metrics(self, batch):
-        """Returns model-specific test metrics, {name: number}: here a classifier's share of wrong labels."""
+        """Returns model-specific test metrics, {name: number}: here a classifier's error rate."""
         predicted = self.classify(batch.inputs)
         return {} if predicted is None else {"test_error": float(np.mean(predicted != batch.labels))}
 
@@ -690,8 +691,8 @@ class ClippedSGD(keras.optimizers.SGD):
 class Convolutional(VAE):
     """The lecture's model with two convolutions in the encoder and two transposed ones in the decoder.
 
-    Each of the networks also has a dense layer next to z. Without these two layers, SGD reached an ELBO of
-    only -151.9 in 17 epochs.
+    Next to z, both have a dense hidden layer, too: encoder_3 and decoder_1. Without these, SGD reached an
+    ELBO of only -151.9 in 17 epochs.
     """
 
     def encoder_layers(self):
@@ -746,10 +747,10 @@ class IWAE(VAE):
 
 
 def importance_weighted_loss(log_px_given_z, log_ratio, kl_weight):
-    """Returns -L_k with log [p(z) / q(z|x)] weighted, and two terms to log, whose sum is -L_k: (batch,) each.
+    """Returns -L_k with log [p(z) / q(z|x)] times kl_weight, and two terms to log: (batch,) each.
 
-    The first is the reconstruction error, averaged over the samples with their normalized weights.
-    log_px_given_z, log_ratio: what `VAE.importance_terms` returns.
+    The terms add up to -L_k without that weight. The first is the reconstruction error, averaged over the
+    samples with their normalized weights. log_px_given_z, log_ratio: what `VAE.importance_terms` returns.
     """
     n_samples = log_px_given_z.shape[0]
     log_weights = log_px_given_z + kl_weight * log_ratio
@@ -760,7 +761,7 @@ def importance_weighted_loss(log_px_given_z, log_ratio, kl_weight):
 
 
 class GaussianPixels(Likelihood):
-    """p(x|z) = N(x; sigmoid(logits), std^2 I) with a trained std: a density, so log p(x) has another unit."""
+    """p(x|z) = N(x; sigmoid(logits), std^2 I) with a trained std: a density, unlike Bernoulli."""
 
     def __init__(self):
         super().__init__()
@@ -795,7 +796,7 @@ class LeastSquares(VAE):
 
     Read here as Gaussian pixels in place of Bernoulli ones, with the KL divergence as the regularization.
     The reconstruction error is sum (x - x^)^2 / (2 std^2) + n_pixels/2 log(2 pi std^2). Because std is
-    trained, no weight has to be chosen: also known as sigma-VAE (Rybkin et al. 2021).
+    trained, no weight has to be chosen, as in the sigma-VAE (Rybkin et al. 2021).
     """
 
     def make_likelihood(self):
@@ -1019,7 +1020,7 @@ class Stein(VAE):
         return mean + tf.exp(log_var / 2) * xi + nonlinear_term
 
     def encoder(self, x, labels=None, *, keep_prob=None, seed=None):
-        """The Gaussian fitted to particles: always the same ones, without dropout."""
+        """Returns the Gaussian fitted to FITTED particles: no dropout, and the same xi at each call."""
         return self.fit_gaussian(self.particles(x, self.FITTED, seed=self.FITTED_SEED))
 
     def fit_gaussian(self, z):
@@ -1072,7 +1073,9 @@ class Labels(VAE):
     xi E_q[log p(y|z)] with the p of a Bayesian support vector machine.
     """
 
-    HINGE_WEIGHT = 80.0  # xi: 784 pixels to 10 classes, rounded
+    # xi, in the paper 784 pixels / (10 classes * share of labelled images): mean_over_labelled divides by the
+    # share, and the rest is rounded.
+    HINGE_WEIGHT = 80.0
 
     def make_layers(self, mean_image):
         super().make_layers(mean_image)
@@ -1099,10 +1102,9 @@ class Labels(VAE):
 
 
 def mean_over_labelled(loss, labels):
-    """Sets the loss of images without a label to 0, and scales that of the others: (batch,).
+    """Returns the loss, (batch,), with 0 for images without a label and the others scaled.
 
-    The mean over the mini-batch is then the mean over the labelled images. labels: (batch,), -1 for an
-    unknown one.
+    Its mean over the mini-batch is that of the labelled images. labels: (batch,), -1 for an unknown one.
     """
     is_labelled = tf.cast(labels >= 0, tf.float32)
     return loss * is_labelled / tf.maximum(1e-6, tf.reduce_mean(is_labelled))
@@ -1110,7 +1112,7 @@ def mean_over_labelled(loss, labels):
 
 @keras.saving.register_keras_serializable("vae")
 class Conditional(VAE):
-    """A class y beside the latent z, which holds the style: model M2 of Kingma et al. 2014, arXiv:1406.5298.
+    """A class y and a latent z, which holds the style: model M2 of Kingma et al. 2014, arXiv:1406.5298.
 
     p(y) = 1/10; the decoder p(x|y, z) gets y beside z, the encoder q(z|x, y) gets it beside x, and q(y|x) is
     a classifier. With all labels, this is the conditional VAE:
@@ -1125,7 +1127,8 @@ class Conditional(VAE):
     has_log_joint = False  # p(x|z) would be a sum over the classes
     has_classes = True
     decoder_bias_scale = 0.0  # the weights of the classes act as random biases
-    CLASSIFIER_WEIGHT = 80.0  # alpha, as HINGE_WEIGHT; the paper's 0.1 N is 0.1 for the mean over N images
+    # alpha, as HINGE_WEIGHT. The paper's alpha, 0.1 N for a sum over N images, would be 0.1 here.
+    CLASSIFIER_WEIGHT = 80.0
 
     def __init__(self, *arguments, n_labels=None, **options):
         self.n_labels = n_labels

@@ -62,7 +62,7 @@ class Experiment:
         return {"commands": self.commands, "scripts": scripts}
 
     def folder(self, seed):
-        """Returns the folder of what is published of a run."""
+        """Returns the folder of a run's published files."""
         return RESULTS / self.name if seed == 0 else RESULTS / self.name / f"seed_{seed}"
 
     def run_folder(self, seed):
@@ -70,7 +70,7 @@ class Experiment:
         return Path("results", "gallery_runs", f"{self.name}_{seed}")
 
     def published(self, seed):
-        """Returns the names of the files that are published of a run."""
+        """Returns the names of a run's published files."""
         pictures = self.pictures if seed == 0 else ()
         return ["config.json", "log.csv", "metrics.json", *pictures]
 
@@ -82,7 +82,7 @@ class Experiment:
 
 
 def other_models(model):
-    """Returns the names of the models' classes from which that of a model is not derived."""
+    """Returns the names of the models' classes that a model's own is not derived from."""
     bases = {}
     for node in ast.parse(Path(run_main.__file__).with_name("vae.py").read_bytes()).body:
         if isinstance(node, ast.ClassDef) and node.bases:
@@ -101,7 +101,7 @@ SAMPLES = ("reconstruction.png", "samples.png")
 LONG = "--num_epochs 60 --n_importance 1000"
 BINARIZED = "--binarize --keep_prob 1"
 LIKELIHOOD = "--n_importance 5000"
-LABELS = "--model labels --dim_z 5 --optimizer adam --augment --num_epochs 4"
+LABELS = "--model labels --dim_z 5 --optimizer adam --augment --num_epochs 10"
 CONDITIONAL = "--model conditional --dim_z 5 --augment --num_epochs 3"
 
 EXPERIMENTS = [
@@ -113,7 +113,6 @@ EXPERIMENTS = [
     Experiment("dim_z_5", f"--dim_z 5 {LONG}", DIGITS),
     Experiment("dim_z_10", f"--dim_z 10 {LONG}", DIGITS),
     Experiment("dim_z_20", f"--dim_z 20 {LONG}", DIGITS),
-    Experiment("no_dropout_20_long", f"--dim_z 20 {LONG} --keep_prob 1"),
     Experiment("denoising", "--dim_z 20 --add_noise True --num_epochs 40", ("denoising.png",)),
     Experiment("convolutional_2", "--model convolutional", (*PLANE, "reconstruction.png")),
     Experiment("convolutional_20", "--model convolutional --dim_z 20", SAMPLES),
@@ -161,7 +160,7 @@ EXPERIMENTS = [
 
 
 def make(experiment, seed):
-    """Runs the commands of an experiment as far as they are not finished, and publishes the run."""
+    """Runs the unfinished commands of an experiment, and publishes the run."""
     folder = experiment.run_folder(seed)
     record_file = ROOT / folder.with_suffix(".json")  # beside the folder, which must be empty at the start
     if run_main.read_json(record_file) != experiment.record():
@@ -182,10 +181,12 @@ def make(experiment, seed):
 
 
 def publish(experiment, seed):
-    """Copies what is published of a run, with the record of what made it."""
+    """Copies what is published of a run, with the record of what made it, in place of all earlier files."""
     folder = experiment.folder(seed)
     folder.mkdir(exist_ok=True)
-    (folder / RECORD).unlink(missing_ok=True)  # until all files are those of the run
+    for file in folder.iterdir():
+        if file.is_file():  # not the folder of another seed
+            file.unlink()
     for name in experiment.published(seed):
         write_atomically(folder / name, (ROOT / experiment.run_folder(seed) / name).read_bytes())
     write_json(folder / RECORD, experiment.record())
@@ -220,14 +221,14 @@ def folder_cell(experiment, metrics):
 
 
 def seeds_cell(experiment, metrics):
-    """How many seeds were run, from 0, by this code."""
+    """How many seeds are up to date."""
     return str(len(metrics))
 
 
 def mean_and_error(name, digits=2, factor=1):
     """Returns a column: the mean of a metric over the seeds, and its standard error.
 
-    If one seed is all, it is the standard error over the test digits, if that was recorded.
+    For an experiment with one seed, it is that over the test digits, if it was recorded.
     """
 
     def cell(experiment, metrics):
@@ -269,7 +270,7 @@ TABLES = [
     Table(
         "Grey levels, the lecture's network",
         ROW | ELBO | LOG_PX | QUADRATURE | PSNR,
-        "slides no_dropout_2 dim_z_2 dim_z_5 dim_z_10 dim_z_20 vae_20 no_dropout_20 no_dropout_20_long",
+        "slides no_dropout_2 dim_z_2 dim_z_5 dim_z_10 dim_z_20 vae_20 no_dropout_20",
     ),
     Table("Noise", ROW | ELBO | NOISE, "denoising"),
     Table(
@@ -323,7 +324,7 @@ def write_tables():
 
 
 def main():
-    """Makes what is asked for; returns the exit status."""
+    """Does what the flags ask for; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     names = [experiment.name for experiment in EXPERIMENTS]
     parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", default=names, help="folders")
