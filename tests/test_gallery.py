@@ -69,6 +69,8 @@ def call(gallery, monkeypatch, *arguments):
 
 
 def test_everything_is_made_once_and_published(gallery, commands, tmp_path, monkeypatch, capsys):
+    (tmp_path / "results" / "one").mkdir()
+    (tmp_path / "results" / "one" / "elbo.png").write_text("no longer published")
     assert call(gallery, monkeypatch, "--stale") == 1
     assert capsys.readouterr().out.split() == ["results/one", "results/one/seed_1", "results/two"]
     assert call(gallery, monkeypatch) == 0
