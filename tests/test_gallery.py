@@ -204,6 +204,17 @@ def test_every_picture_and_command_of_the_readme_is_of_the_gallery():
         assert f"| `{flags}` | [{experiment.name}]" in readme or experiment.flags == ""
 
 
+def test_the_elbos_in_the_main_readme_are_those_of_the_gallery():
+    gallery = load_gallery()
+    readme = (ROOT / "README.md").read_text()
+    commands = {"slides": "", "dim_z_2": " --num_epochs 60", "vae_20": " --dim_z 20"}
+    for experiment in gallery.EXPERIMENTS:
+        if experiment.name in commands:
+            runs = [experiment.folder(seed) / "metrics.json" for seed in range(3)]
+            elbo = gallery.mean_and_error("test_elbo")(experiment, [run_main.read_json(run) for run in runs])
+            assert re.search(rf"`python run_main.py{commands[experiment.name]}`.* \| {elbo} \|", readme)
+
+
 def test_flags_of_all_experiments_are_valid_and_in_a_table():
     gallery = load_gallery()
     shown = " ".join(table.names for table in gallery.TABLES).split()
