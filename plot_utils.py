@@ -582,7 +582,7 @@ def draw_comparison(groups, labels):
 
     The runs of a group differ by the seed alone: the curve is their mean, the band their range.
     """
-    rows = [("reconstruction.png",), ("samples.png",), ("manifold.png", "latent_map.png")]
+    rows = [("reconstruction.png",), ("samples.png",), ("classes.png", "manifold.png", "latent_map.png")]
     n = len(groups)
     figure = Figure((max(8, 3 * n), 15), dpi=DPI, layout="constrained")
     grid = figure.add_gridspec(1 + len(rows), n, height_ratios=[1.5, 1, 1, 1])
@@ -605,7 +605,8 @@ def draw_comparison(groups, labels):
             file = next((file for file in files if file.exists()), None)
             if file:
                 axes.imshow(Image.open(file).convert("RGB"))
-                title = f"{labels[j]}\n{file.parent.name}/{file.name}"
+                label = labels[j].replace(", ", "\n")  # a line per setting: columns are narrow
+                title = f"{label}\n{file.parent.name}/{file.name}"
                 axes.set_title(title, fontsize="small", parse_math=False)
     return file_content(figure.savefig, format="png")
 

@@ -557,6 +557,12 @@ def generate(network, flags, folder):
         np.savez(part, **arrays)
 
 
+def check_classifier(network, flag):
+    """Raises UserError if the network needs a class for the user's digits and cannot find it."""
+    if network.has_classes and network.classify(network.mean_image[None]) is None:
+        raise UserError(f"--{flag}: the network needs the class of a digit: override `classify` to find it")
+
+
 def reconstruct(network, user_digits, flags, folder):
     """Writes reconstructions, latent means, ELBO, predicted labels and file names of the user's digits.
 
@@ -565,6 +571,7 @@ def reconstruct(network, user_digits, flags, folder):
     x, file_names = user_digits
     if x.shape[1] != network.n_pixels:
         raise UserError(f"--reconstruct: the digits have {x.shape[1]} pixels, the network {network.n_pixels}")
+    check_classifier(network, "reconstruct")
     batch = vae.Batch(x, x)
     parts = list(split(batch, 1_000))
     images = []
@@ -955,7 +962,7 @@ def check_folders(flags):
     """Raises UserError for flags that do not fit what is on disk."""
     folder = flags.results_path
     if flags.load and not checkpoint_files(flags.load):
-        raise UserError(f"--load {flags.load} has no finished epoch")
+        raise UserError(f"--load {flags.load} has no checkpoint/ of a finished epoch")
     if flags.data_dir.is_file():
         raise UserError(f"--data_dir {flags.data_dir} is a file: name a folder")
     if folder is None:
@@ -1199,6 +1206,7 @@ def restore_state(state, folder):
         raise UserError(f"{'; '.join(damage)}: start a new run")
     if (folder / "log.csv").exists():
         raise UserError(f"the checkpoints in {folder} are missing: start a new run")
+    log("no epoch was finished: starting from the beginning")
 
 
 def restore_checkpoint(state, file, arrays):
@@ -1587,6 +1595,7 @@ def explore(flags, load_tensorflow):
         load_tensorflow(flags)
         state = TrainingState(build_network(None, flags))
         restore_state(state, flags.load)
+        check_classifier(state.network, "explore")
         decode, examine = functions_to_explore(state.network)
         explorer = plot_utils.Explorer(
             figure, latents["mean"], latents["label"], decode, examine, state.network.has_classes
@@ -1695,7 +1704,7 @@ def main(arguments=None, load_tensorflow=import_tensorflow):
             else:
                 run(flags, load_tensorflow)
     except KeyboardInterrupt:
-        log("interrupted: a training run with a finished epoch continues with --resume")
+        log("interrupted: --resume continues a training run after its last finished epoch")
         return 130
     except (UserError, OSError, MemoryError, ImportError) as error:
         print(f"run_main.py: error: {error_message(error)}", file=sys.stderr)

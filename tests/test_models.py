@@ -834,6 +834,15 @@ def test_classes_that_are_given_or_found(conditional, x):
         conditional.decode(tf.zeros((2, 3)))
 
 
+def test_own_digits_need_a_classifier_if_the_network_has_classes(conditional):
+    run_main.check_classifier(conditional, "reconstruct")
+    network = make_network("vae")
+    run_main.check_classifier(network, "reconstruct")
+    network.has_classes = True
+    with pytest.raises(run_main.UserError, match="classify"):
+        run_main.check_classifier(network, "explore")
+
+
 def test_samples_take_the_classes_in_turn_or_those_that_are_given(conditional):
     z, _ = conditional.sample_with_latents(12, (0, 1), tf.zeros(12, tf.int32))
     in_turn = conditional.decode(z, np.arange(12) % 10)

@@ -141,9 +141,11 @@ def test_a_run_without_a_finished_epoch_can_be_started_again(run, trained, few_d
     folder = shutil.copytree(trained.parent / "before_epoch-1.npz", tmp_path / "run")
     assert names(folder) == {"config.json", "checkpoint", run_main.EVENT_FILES}
     assert run(f"--load={folder}") == 2
-    assert "no finished epoch" in one_line(capsys.readouterr().err)
+    assert "no checkpoint" in one_line(capsys.readouterr().err)
     flags = run_main.parse_flags(["--num_epochs=1", f"--results_path={folder}"])
     state = run_main.TrainingState(vae.VAE(n_hidden=1))
+    run_main.restore_state(state, folder)
+    assert "starting from the beginning" in capsys.readouterr().out
     assert run_main.claim_folder(flags, few_digits, state) == folder
     assert json.loads((folder / "config.json").read_text())["flags"]["num_epochs"] == 1
     assert names(folder) == {"config.json", "checkpoint", run_main.EVENT_FILES}
