@@ -101,7 +101,7 @@ SAMPLES = ("reconstruction.png", "samples.png")
 LONG = "--num_epochs 60 --n_importance 1000"
 BINARIZED = "--binarize --keep_prob 1"
 LIKELIHOOD = "--n_importance 5000"
-LABELS = "--model labels --dim_z 5 --optimizer adam --augment --num_epochs 10"
+LABELS = "--model labels --optimizer adam --augment"
 CONDITIONAL = "--model conditional --dim_z 5 --augment --num_epochs 3"
 
 EXPERIMENTS = [
@@ -124,8 +124,8 @@ EXPERIMENTS = [
     Experiment("stick_breaking_2", "--model stick_breaking", ("simplex.png",)),
     Experiment("labels_2", "--model labels", ("latent_map.png",)),
     Experiment("conditional_2", "--model conditional", ("manifold.png", "classes.png", "analogies.png")),
-    Experiment("labels_10", f"{LABELS} --n_labels 10"),
-    Experiment("labels_300", f"{LABELS} --n_labels 300"),
+    Experiment("labels_10", f"{LABELS} --dim_z 5 --num_epochs 20 --n_labels 10"),
+    Experiment("labels_300", f"{LABELS} --dim_z 20 --num_epochs 5 --n_labels 300"),
     Experiment("conditional_10", f"{CONDITIONAL} --n_labels 10", ("classes.png", "analogies.png")),
     Experiment("conditional_300", f"{CONDITIONAL} --n_labels 300"),
     Experiment("binarized", f"{BINARIZED} --dim_z 50 --num_epochs 100 {LIKELIHOOD}", SAMPLES, 1),
