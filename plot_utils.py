@@ -1,4 +1,4 @@
-"""The pictures: `draw` returns all that the flags ask for, as the bytes of a PNG or GIF each.
+"""The pictures: `draw` returns those that the flags ask for, each as the bytes of a PNG or GIF.
 
 Digits are white on black. A batch of them is (n, n_pixels) with values in [0, 1], and fills a grid of n_x
 columns and n_y rows from the top left, row by row.
@@ -29,7 +29,7 @@ POSTERIOR_REACH = 6  # standard deviations to each side of the mean
 POSTERIOR_STEPS = 61  # points across
 N_PARTICLES = 100
 
-FRAME_SIZE = 400  # pixels, the longer side; half of that if each class has a plane
+FRAME_SIZE = 400  # pixels, the longer side of a plane; half of that if each class has its own
 FRAME_LEVELS = 16  # shades of grey: a frame of 20 by 20 digits takes 35 kB, with all 256 levels 80 kB
 FRAME_SECONDS = 0.2
 LAST_FRAME_SECONDS = 2
@@ -45,9 +45,9 @@ N_CLASSES = len(COLOURS)
 
 @matplotlib.style.context("default")  # whatever matplotlibrc says
 def draw(state, digits, flags, measured=None, names=None):
-    """Returns all pictures that the flags ask for, or those of them that are named, {file name: bytes}.
+    """Returns {file name: bytes} of the pictures that the flags ask for or, given names, of those among them.
 
-    measured: after training, what has been measured of each test digit, {name: (n, ...)}.
+    measured: the measurements of each test digit after training, {name: (n, ...)}.
     """
     data = PlotData(state.network, digits, flags, state.history, state.frames, measured)
     pictures = {}
@@ -71,7 +71,7 @@ def frame(network, digits, flags):
 
 
 class PlotData:
-    """What the pictures show: test digits, and what the network computes from them when it is first used."""
+    """What the pictures show: test digits, and arrays computed from them, each when it is first used."""
 
     def __init__(self, network, digits, flags, history=(), frames=(), measured=None):
         self.network = network
@@ -139,7 +139,8 @@ class PlotData:
         ends = []
         for start in range(n):
             is_same_class = self.labels[n + start :] == self.labels[start]
-            ends.append(n + start + np.argmax(is_same_class == has_classes))
+            is_candidate = is_same_class if has_classes else ~is_same_class
+            ends.append(n + start + np.argmax(is_candidate))  # the first candidate; 0 if there is none
         z = np.linspace(self.mean[:n], self.mean[ends], INTERPOLATION_STEPS, axis=1)
         labels = np.repeat(self.labels[:n], INTERPOLATION_STEPS) if has_classes else None
         return self.test.inputs[:n], self.decode(z, labels), self.test.inputs[ends]
@@ -267,7 +268,7 @@ def draw_denoising(data):
 
 
 def draw_layers(data):
-    """A ladder's digits, their reconstructions from the upper z alone, and those from both layers."""
+    """Digits, their reconstructions from a ladder's upper z alone, and those from both layers."""
     if not (data.flags.PRR and data.flags.model == "ladder"):
         return None
     upper = data.decode(data.mean[: data.n_shown])
@@ -370,7 +371,7 @@ def draw_latent_map(data):
         return None
     points, axis_labels = data.latent_points
     figure = Figure((8, 7), dpi=DPI)
-    axes = figure.add_axes((0.08, 0.08, 0.8, 0.9))  # a layout engine would take half of the time
+    axes = figure.add_axes((0.08, 0.08, 0.8, 0.9))  # a layout engine would double the time
     scatter(axes, points, data.labels[: len(points)])
     axes.set_aspect("equal", "datalim")
     axes.set(xlabel=axis_labels[0], ylabel=axis_labels[1])
@@ -578,9 +579,10 @@ def png(pixels):
 
 @matplotlib.style.context("default")
 def draw_comparison(groups, labels):
-    """PNG of validation curves and, below, of the pictures in the runs' folders; a label per group of runs.
+    """PNG of validation curves and, below, of the pictures in the runs' folders.
 
-    The runs of a group differ by the seed alone: the curve is their mean, the band their range.
+    The runs of a group differ by the seed alone: the curve is their mean, the band their range. A group's
+    label is a list of its settings.
     """
     rows = [("reconstruction.png",), ("samples.png",), ("classes.png", "manifold.png", "latent_map.png")]
     n = len(groups)
@@ -591,10 +593,13 @@ def draw_comparison(groups, labels):
     for group, label in zip(groups, labels, strict=True):
         elbos = np.array([[epoch["valid_elbo"] for epoch in run.history] for run in group])
         epochs = np.arange(1, elbos.shape[1] + 1)
-        suffix = f" ({len(group)} seeds)" if len(group) > 1 else ""
-        (curve,) = curves.plot(epochs, elbos.mean(axis=0), "o-", markersize=3, label=label + suffix)
+        name = ", ".join(label)
+        if len(group) > 1:
+            name += f" ({len(group)} seeds)"
+        (curve,) = curves.plot(epochs, elbos.mean(axis=0), "o-", markersize=3, label=name)
         curves.fill_between(epochs, elbos.min(axis=0), elbos.max(axis=0), color=curve.get_color(), alpha=0.2)
-        shown.append(elbos[:, (elbos.shape[1] - 1) // 5 :].ravel())
+        first_shown = (elbos.shape[1] - 1) // 5  # as in `draw_elbo`
+        shown.append(elbos[:, first_shown:].ravel())
     label_curves(curves, "validation ELBO, nats per image")
     curves.set_ylim(elbo_limits(np.concatenate(shown)))
     for i, names in enumerate(rows, 1):
@@ -605,15 +610,14 @@ def draw_comparison(groups, labels):
             file = next((file for file in files if file.exists()), None)
             if file:
                 axes.imshow(Image.open(file).convert("RGB"))
-                label = labels[j].replace(", ", "\n")  # a line per setting: columns are narrow
-                title = f"{label}\n{file.parent.name}/{file.name}"
-                axes.set_title(title, fontsize="small", parse_math=False)
+                lines = [*labels[j], f"{file.parent.name}/{file.name}"]  # columns are narrow
+                axes.set_title("\n".join(lines), fontsize="small", parse_math=False)
     return file_content(figure.savefig, format="png")
 
 
 # --- Exploring the latent space -----------------------------------------------------------------------
 
-PAPER_SIDE = 140  # pixels of the square to write in: five for each of a digit's
+PAPER_SIDE = 140  # pixels; the side of the square to write in, five times that of a digit
 PEN_RADIUS = 6  # pixels
 REDRAW_MILLISECONDS = 10
 
@@ -659,7 +663,7 @@ class Explorer:
         self.decoded_class = self.decoded.axes.text(PAPER_SIDE / 2, 1.1 * PAPER_SIDE, "", ha="center")
         self.has_classes = has_classes
         self.choose_class(0)
-        # What changes is drawn on top of a copy of the rest, where the backend can: many times as fast.
+        # Where the backend supports it, only these are redrawn, on a copy of the rest: many times as fast.
         self.changing = [
             self.decoded,
             self.decoded_class,
@@ -675,7 +679,7 @@ class Explorer:
         self.pen = None  # where the pen touched the paper last, (2,)
         self.place = None  # of the mouse on the map, (2,)
         self.is_decoded = True  # whether the image of that place is shown
-        self.is_written = False  # whether ink has changed since it was examined
+        self.ink_has_changed = False  # since it was examined
         for name in ("motion_notify_event", "button_press_event", "button_release_event"):
             figure.canvas.mpl_connect(name, self.on_mouse)
         figure.canvas.mpl_connect("key_press_event", self.on_key)
@@ -716,21 +720,24 @@ class Explorer:
         start = point if self.pen is None else self.pen
         stroke = point - start
         centres = np.arange(PAPER_SIDE) + 0.5
-        pixels = grid_points(centres, centres).reshape(PAPER_SIDE, PAPER_SIDE, 2) - start
-        along = np.clip(pixels @ stroke / max(stroke @ stroke, 1e-9), 0, 1)
-        distance = np.linalg.norm(pixels - along[..., np.newaxis] * stroke, axis=-1)
+        from_start = grid_points(centres, centres).reshape(PAPER_SIDE, PAPER_SIDE, 2) - start
+        along = np.clip(
+            from_start @ stroke / max(stroke @ stroke, 1e-9), 0, 1
+        )  # 0 at its start, 1 at its end
+        distance = np.linalg.norm(from_start - along[..., np.newaxis] * stroke, axis=-1)
         self.ink = np.maximum(self.ink, np.clip(PEN_RADIUS + 1 - distance, 0, 1))
         self.pen = point
-        self.is_written = True
+        self.ink_has_changed = True
 
     def on_key(self, event):
         """The key e erases the digit; 0 to 9 choose the class. Matplotlib itself uses none of them."""
         if event.key == "e":
             self.ink = np.zeros_like(self.ink)
-            self.is_written = True
+            self.ink_has_changed = True
         elif self.has_classes and event.key in list("0123456789"):
             self.choose_class(int(event.key))
-            self.is_decoded = self.place is None
+            if self.place is not None:
+                self.is_decoded = False  # the place is decoded again, as the new class
             self.draw_on_background(self.changing)
 
     def choose_class(self, label):
@@ -768,9 +775,9 @@ class Explorer:
             self.decoded.set_data(square(self.decode(z[np.newaxis].astype(np.float32), self.label)))
             self.is_decoded = True
             self.draw_on_background([self.decoded])
-        if self.is_written:
+        if self.ink_has_changed:
             self.show_written()
-            self.is_written = False
+            self.ink_has_changed = False
             self.draw_on_background(self.changing)
 
     def show_written(self):

@@ -70,7 +70,7 @@ class Digits:
 
     train_images: np.ndarray  # (n, n_pixels) uint8; noise and binarization are resampled at every step
     train_labels: np.ndarray  # (n,) int32, -1 where a label is hidden
-    # If some labels are hidden: the labelled digits, some of which are added to each mini-batch.
+    # If some labels are hidden: the labelled digits, some of which are added to each mini-batch. Else empty.
     labelled_images: np.ndarray  # (n_labelled, n_pixels) uint8
     labelled_labels: np.ndarray  # (n_labelled,) int32
     valid: "vae.Batch"  # noise and binarization drawn once
@@ -149,11 +149,11 @@ CLIP_NORM = 1.0
 DROPOUT_ANNEALING = 0.5  # fraction of the run during which dropout is annealed to zero
 
 # If labels are hidden, this share of --batch_size is added to each mini-batch as labelled digits. If 100 of
-# 55,000 are labelled, only one mini-batch in four would otherwise have one.
+# 55,000 are labelled, only one mini-batch of 128 in five would otherwise contain one.
 LABELLED_SHARE = 0.25
 N_LABELLED_COPIES = 8_000  # of the labelled digits in all, with --augment; but at least four of each
 
-STEPS_PER_CALL = 50  # after which the progress of an epoch is shown; no number depends on it
+STEPS_PER_CALL = 50  # after which the shown progress is updated; the results do not depend on it
 
 
 def make_sgd(learning_rate):
@@ -224,7 +224,8 @@ def make_batch(images, labels, flags, seed):
 def sgd_step(network, images, labels, seed, n_steps, flags):
     """One of the n_steps steps of an epoch: SGD on the negative ELBO of a mini-batch.
 
-    images: (batch, n_pixels) uint8. labels: (batch,). The noise, dropout and KL weight are those of the step.
+    images: (batch, n_pixels) uint8. labels: (batch,). The number of steps taken so far determines the keep
+    probability and the KL weight.
     """
     batch = make_batch(images, labels, flags, seed)
     epochs = tf.cast(network.optimizer.iterations, tf.float32) / n_steps
@@ -250,8 +251,8 @@ def mini_batches(n_digits, n_labelled, epoch, flags):
 
 
 def labelled_batch_size(flags):
-    """Returns how many labelled digits are added to each mini-batch if labels are hidden."""
-    return math.ceil(LABELLED_SHARE * flags.batch_size)
+    """Returns how many labelled digits are added to each mini-batch: none unless labels are hidden."""
+    return math.ceil(LABELLED_SHARE * flags.batch_size) if flags.n_labels else 0
 
 
 def training_seed(flags, epoch, step):
@@ -302,12 +303,12 @@ def train(state, digits, flags, strategy):
     images = tf.constant(np.concatenate([digits.train_images, digits.labelled_images]))
     labels = tf.constant(np.concatenate([digits.train_labels, digits.labelled_labels]))
     n_weights = sum(math.prod(variable.shape) for variable in network.trainable_variables)
-    log(f"{device_name()}; {n_weights:,} weights; {flags.num_epochs} epochs of {flags.optimizer}")
+    log(f"{device_name(strategy)}; {n_weights:,} weights; {flags.num_epochs} epochs of {flags.optimizer}")
 
     def running_elbo():
         return f"train {-network.get_metrics_result()['negative_elbo']:.2f}"
 
-    # Reading a metric is an exchange between workers, but only the chief may have a terminal.
+    # Reading a metric needs an exchange between all workers, but possibly only the chief has a terminal.
     status = None if flags.distribute == "multi_worker" else running_elbo
     for epoch in range(len(state.history) + 1, flags.num_epochs + 1):
         start = time.perf_counter()
@@ -317,8 +318,7 @@ def train(state, digits, flags, strategy):
         network.reset_metrics()
         for first in progress(range(0, n_steps, STEPS_PER_CALL), f"epoch {epoch}", status):
             last = min(first + STEPS_PER_CALL, n_steps)
-            steps = (tf.constant(first), tf.constant(last))
-            train_steps(images, labels, batches, tf.constant(epoch), *steps)
+            train_steps(images, labels, batches, tf.constant(epoch), tf.constant(first), tf.constant(last))
         row = {"epoch": epoch} | log_columns("train", network.get_metrics_result())
         seconds = round(time.perf_counter() - start, 3)
         row |= log_columns("valid", evaluate(network, digits.valid))
@@ -352,15 +352,16 @@ def prepare_digits(data, flags):
     """Returns the Digits of a mnist_data.DataSet."""
     images = data.train_images
     labels = mnist_data.keep_n_labels(data.train_labels, flags.n_labels, flags.seed)
-    added = labels >= 0  # to every mini-batch
     if flags.n_labels is None:
-        added[:] = False
-    elif added.all():
-        raise UserError(
-            f"--n_labels {flags.n_labels} hides no label: lower it or, to use all labels, omit it"
-        )
-    labelled_images = images[added]
-    labelled_labels = labels[added]
+        is_added = np.zeros(len(labels), bool)
+    else:
+        is_added = labels >= 0  # the digits from which some are added to each mini-batch
+        if is_added.all():
+            raise UserError(
+                f"--n_labels {flags.n_labels} hides no label: lower it or, to use all labels, omit it"
+            )
+    labelled_images = images[is_added]
+    labelled_labels = labels[is_added]
     if flags.augment and not flags.load:
         images, labels = augment(images, labels, flags.seed)
         if len(labelled_labels):
@@ -374,7 +375,7 @@ def prepare_digits(data, flags):
 
 
 def augment(images, labels, seed, **options):
-    """Returns images with their augmented copies, and the labels of both; options: of mnist_data.augment."""
+    """Returns images and their augmented copies, and the labels of all; options: of mnist_data.augment."""
     images = mnist_data.augment(images, seed, **options)
     return images, np.tile(labels, len(images) // len(labels))
 
@@ -385,7 +386,10 @@ def as_numpy(batch):
 
 
 def build_network(digits, flags):
-    """Returns the network, with its optimizer if it is trained. UserError if it cannot be, after an edit."""
+    """Returns the network, compiled with its optimizer unless --load is given.
+
+    UserError if an edited network cannot be trained, or cannot model binary pixels as --binarize needs.
+    """
     model = MODELS[flags.model]
     options = {"dim_z": flags.dim_z, "n_hidden": flags.n_hidden, "seed": flags.seed}
     options |= {name: getattr(flags, name) for name in model.options}
@@ -467,7 +471,7 @@ def latent_moments(network, batch):
 
 
 def importance_sampling(network, batch, flags):
-    """Returns log p(x) in nats, and the effective sample size of --n_importance samples of z: (n,) each."""
+    """Returns "log_px" in nats and "effective_sample_size" of --n_importance samples of z, (n,) each."""
     n_images = len(batch.targets)
     log(f"estimating log p(x) of {n_images:,} digits with {flags.n_importance:,} importance samples each")
 
@@ -590,7 +594,7 @@ def reconstruct(network, user_digits, flags, folder):
         arrays["label"] = np.concatenate(predicted)
     if flags.n_importance:
         arrays |= importance_sampling(network, batch, flags)
-    with atomic_write(folder / "reconstructed.npz") as part, zipfile.ZipFile(part, "w") as archive:
+    with atomic_write(folder / "reconstructed.npz") as file, zipfile.ZipFile(file, "w") as archive:
         for name, array in arrays.items():  # np.savez cannot save an array named "file"
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, np.asarray(array))
@@ -701,6 +705,8 @@ def flag(default, parse, help_text, reuse=Reuse.FIXED, group=None, nargs=None):
 LEARN_RATES = ", ".join(f"{name}: {optimizer.learn_rate}" for name, optimizer in OPTIMIZERS.items())
 LEARN_RATE_HELP = f"initial learning rate, which decays to 0 ({LEARN_RATES})"
 STRATEGIES = ("none", "mirrored", "multi_worker")
+DATA_DIR_HELP = "data folder; MNIST is downloaded if files are missing"
+DISTRIBUTE_HELP = "mirrored: train on all GPUs of this machine; multi_worker: on several machines"
 PRR_GROUP = "PRR: plot reproduction result"
 PMLR_GROUP = "PMLR: plot manifold learning result"
 PMLR_HELP = (
@@ -708,11 +714,15 @@ PMLR_HELP = (
 )
 RUN_GROUP = "run, and what to do with it afterwards"
 RESULTS_HELP = "output folder; must be new or empty (default: the next results/runN)"
-EPOCH_PLOTS_HELP = "keep reconstructions and manifold of every epoch in epochs/"
+OVERWRITE_HELP = (
+    "remove the run in --results_path first; in the folder of --load, replace earlier output only"
+)
+EPOCH_PLOTS_HELP = "save the reconstructions and the manifold of every epoch in epochs/"
 N_SAMPLES_HELP = f"samples of z per digit ({defaults_of('n_samples')})"
 N_LABELS_HELP = "labelled digits per class, for labels and conditional (default: all)"
+N_GENERATE_HELP = "new images to write to generated.npz"
 DIGIT_HELP = "the class of the new images, for conditional (default: all in turn)"
-COMPARE_HELP = "folders of runs to compare: a table and comparison.png"
+COMPARE_HELP = "folders of runs: print a table; write comparison.png to --results_path or results/compareN"
 
 
 @dataclass
@@ -733,14 +743,14 @@ class Flags:
     learn_rate: float = flag(None, real(1e-12, 1e6), LEARN_RATE_HELP, Reuse.RESUMABLE)
     num_epochs: int = flag(20, integer(1), "passes through the training digits", Reuse.RESUMABLE)
     batch_size: int = flag(128, integer(1, mnist_data.N_TRAIN), "mini-batch size")
-    seed: int = flag(0, integer(0), "random seed of training and of new digits", Reuse.RELOADABLE)
-    distribute: str = flag("none", one_of(*STRATEGIES), ", ".join(STRATEGIES), Reuse.RESUME_DEFAULT)
+    seed: int = flag(0, integer(0), "random seed for training and for new digits", Reuse.RELOADABLE)
+    distribute: str = flag("none", one_of(*STRATEGIES), DISTRIBUTE_HELP, Reuse.RESUME_DEFAULT)
 
-    data_dir: Path = flag(Path("data"), local_path, "MNIST is downloaded into it", Reuse.DEFAULT, "data")
+    data_dir: Path = flag(Path("data"), local_path, DATA_DIR_HELP, Reuse.DEFAULT, "data")
     add_noise: bool = flag(False, boolean, "learn to restore digits from salt-and-pepper noise")
-    noise_level: float = flag(0.5, real(0.001, 1), "probability that noise makes a pixel black or white")
+    noise_level: float = flag(0.5, real(0.001, 1), "probability that a pixel is replaced by black or white")
     augment: bool = flag(False, boolean, "also learn from 4 rotated and shifted copies of each digit")
-    binarize: bool = flag(False, boolean, "draw each pixel as black or white from its grey level")
+    binarize: bool = flag(False, boolean, "make each pixel white with its grey level as the probability")
 
     PRR: bool = flag(True, boolean, "plot test digits and reconstructions", Reuse.DEFAULT, PRR_GROUP)
     PRR_n_img_x: int = flag(10, integer(1, 50), "digits from left to right", Reuse.DEFAULT)
@@ -761,18 +771,16 @@ class Flags:
 
     results_path: Path = flag(None, local_path, RESULTS_HELP, Reuse.PER_COMMAND, RUN_GROUP)
     resume: bool = flag(False, boolean, "continue the run in --results_path", Reuse.PER_COMMAND)
-    overwrite: bool = flag(
-        False, boolean, "first remove the run or, with --load, replace earlier output", Reuse.PER_COMMAND
-    )
+    overwrite: bool = flag(False, boolean, OVERWRITE_HELP, Reuse.PER_COMMAND)
     epoch_plots: bool = flag(False, boolean, EPOCH_PLOTS_HELP, Reuse.RESUME_DEFAULT)
     load: Path = flag(None, local_path, "load this run's network instead of training", Reuse.PER_COMMAND)
     n_importance: int = flag(None, integer(1), "samples of z per digit for log p(x)", Reuse.RESUME_DEFAULT)
-    n_generate: int = flag(None, integer(1, 1_000_000), "new images for generated.npz", Reuse.PER_COMMAND)
+    n_generate: int = flag(None, integer(1, 1_000_000), N_GENERATE_HELP, Reuse.PER_COMMAND)
     digit: int = flag(None, integer(0, 9), DIGIT_HELP, Reuse.PER_COMMAND)
     reconstruct: list = flag(
-        None, local_path, "your own digits: files, folders", Reuse.PER_COMMAND, nargs="+"
+        None, local_path, "files and folders with your own digits", Reuse.PER_COMMAND, nargs="+"
     )
-    explore: bool = flag(False, boolean, "with --load: a window on the latent space", Reuse.PER_COMMAND)
+    explore: bool = flag(False, boolean, "with --load: open a window on the latent space", Reuse.PER_COMMAND)
     compare: list = flag(None, local_path, COMPARE_HELP, Reuse.PER_COMMAND, nargs="+")
 
     @property
@@ -851,9 +859,9 @@ def parse_flags(arguments=None):
 
 
 def reuse_recorded_flags(parser, arguments, given):
-    """Returns the flags with a run's recorded ones as defaults.
+    """Returns the flags, with the recorded ones of a run as defaults.
 
-    UserError if a flag differs that must not change.
+    UserError if a flag was changed that must not change.
     """
     run_folder = given.reused_run
     in_place = given.results_path is None or given.results_path.resolve() == run_folder.resolve()
@@ -864,7 +872,7 @@ def reuse_recorded_flags(parser, arguments, given):
             text = None if recorded[row.name] is None else str(recorded[row.name])
             parser.set_defaults(**{row.name: text})
     flags = Flags(**vars(parser.parse_args(arguments)))
-    run_flags = Flags(**vars(parser.parse_args([])))
+    run_flags = Flags(**vars(parser.parse_args([])))  # the run's own, without this command's
     for row in dataclasses.fields(Flags):
         value = getattr(flags, row.name)
         run_value = getattr(run_flags, row.name)
@@ -887,8 +895,8 @@ def recorded_flags(run_folder):
     fixed = {row.name for row in dataclasses.fields(Flags) if row.metadata["reuse"] is Reuse.FIXED}
     differing = sorted((fixed - recorded.keys()) | (recorded.keys() - names))
     if differing:
-        names = ", --".join(differing)
-        raise UserError(f"the run in {run_folder} was made by a version with other flags: --{names}")
+        differing_flags = ", ".join(f"--{name}" for name in differing)
+        raise UserError(f"the run in {run_folder} was made by a version with other flags: {differing_flags}")
     n_pixels = config.get("n_pixels")
     if not isinstance(n_pixels, int) or n_pixels < 1 or math.isqrt(n_pixels) ** 2 != n_pixels:
         raise UserError(
@@ -962,7 +970,7 @@ def check_folders(flags):
     """Raises UserError for flags that do not fit what is on disk."""
     folder = flags.results_path
     if flags.load and not checkpoint_files(flags.load):
-        raise UserError(f"--load {flags.load} has no checkpoint/ of a finished epoch")
+        raise UserError(f"--load {flags.load} has no checkpoint of a finished epoch")
     if flags.data_dir.is_file():
         raise UserError(f"--data_dir {flags.data_dir} is a file: name a folder")
     if folder is None:
@@ -976,21 +984,30 @@ def check_folders(flags):
     if names and not is_run:
         raise UserError(f"--results_path {folder} is not empty and holds no run: name another folder")
     if has_started and not (flags.resume or flags.overwrite or folder == flags.load):
-        raise UserError(f"{folder} already holds a run: add --resume or --overwrite")
+        remedy = "name another folder, or add --overwrite" if flags.load else "add --resume or --overwrite"
+        raise UserError(f"{folder} already holds a run: {remedy}")
     if flags.resume and flags.num_epochs < n_epochs:
         raise UserError(f"--num_epochs must be at least {n_epochs}, the number of epochs already trained")
+    if flags.resume and flags.num_epochs == n_epochs:
+        recorded = recorded_flags(folder)
+        for name in ("n_samples", "learn_rate"):
+            if getattr(flags, name) != recorded[name]:
+                raise UserError(f"--{name} cannot change: all {n_epochs} epochs are done; add --num_epochs")
     for name, flag_name in NEVER_REPLACED.items():
         if name in names and getattr(flags, flag_name) and not flags.overwrite:
-            raise UserError(f"{name} already exists in {folder}: move it, or add --overwrite")
+            remedy = "move it" if flags.resume else "move it, or add --overwrite"
+            raise UserError(f"{name} already exists in {folder}: {remedy}")
 
 
 # --- Data and the folder of a run ---------------------------------------------------------------------
 
 
 def needs_data(flags):
-    """Returns whether the data are needed: not if --load only makes new images or reconstructs own digits."""
+    """Returns whether MNIST is needed: not if --load only makes new images or evaluates the user's digits."""
+    if not flags.load:
+        return True
     only_generates = flags.n_generate and not flags.n_importance
-    return not (flags.load and (flags.reconstruct or only_generates))
+    return not (flags.reconstruct or only_generates)
 
 
 def load_data(flags):
@@ -1010,7 +1027,8 @@ def load_data(flags):
             )
         if recorded.get("digits_sha256") != data.checksum():
             raise UserError(
-                f"load_mnist returns digits that the run in {run_folder} was not trained on: undo that change"
+                f"load_mnist returns digits that the run in {run_folder} was not trained on: "
+                "undo the change to load_mnist"
             )
     n_train = len(data.train_images)
     n_test = len(data.test_images)
@@ -1191,7 +1209,10 @@ def read_checkpoint(file):
 
 
 def restore_state(state, folder):
-    """Restores the newest good checkpoint in a run's folder. UserError if all of them are damaged or gone."""
+    """Restores the newest undamaged checkpoint in a run's folder. If no epoch was finished, changes nothing.
+
+    UserError if all checkpoints are damaged or missing.
+    """
     damage = []
     for file in reversed(checkpoint_files(folder).values()):
         try:
@@ -1200,7 +1221,7 @@ def restore_state(state, folder):
             damage.append(str(error))
             continue
         restore_checkpoint(state, file, arrays)
-        log("; ".join([*damage, f"taking the state after epoch {len(state.history)}"]))
+        log("; ".join([*damage, f"using the state after epoch {len(state.history)}"]))
         return
     if damage:
         raise UserError(f"{'; '.join(damage)}: start a new run")
@@ -1222,16 +1243,16 @@ def restore_checkpoint(state, file, arrays):
     saved = arrays["fingerprint"]
     found = state.network.fingerprint()
     if saved.shape != found.shape or not np.allclose(found, saved, rtol=1e-4, atol=1e-3):
-        values = f"{np.round(saved, 3)} then, {np.round(found, 3)} now"
+        computed = f"{np.round(saved, 3)} then, {np.round(found, 3)} now"
         raise UserError(
-            f"{file} was saved by another network: undo the change to vae.py (it computes {values})"
+            f"{file} was saved by another network: undo the change to vae.py (it computes {computed})"
         )
     state.history = json.loads(str(arrays["history"]))
     state.frames = list(arrays["frames"])
 
 
 def save_results(state, digits, flags, folder):
-    """Writes what was measured on the test digits, their latents, the pictures, and the network."""
+    """Evaluates the network on the test digits; writes metrics, latents, pictures and the network itself."""
     network = state.network
     write_log(folder, state.history)
     arrays = evaluate_digits(network, digits.test, flags)
@@ -1307,8 +1328,8 @@ def is_chief(flags):
         jobs = config["cluster"]
         job = config["task"]["type"]
         index = config["task"]["index"]
-        valid = index >= 0 and bool(jobs[job][index])
-        valid = valid and all(isinstance(hosts, list) and hosts for hosts in jobs.values())
+        valid = all(isinstance(hosts, list) and hosts for hosts in jobs.values())
+        valid = valid and index >= 0 and bool(jobs[job][index])  # LookupError if there is no such task
     except (LookupError, ValueError, TypeError, AttributeError, RecursionError):
         valid = False
     if not valid:
@@ -1324,13 +1345,13 @@ def distribution_strategy(flags):
     Inside the context, running out of memory or losing a worker raises UserError.
     """
     errors = tf.errors
-    lost = ()
+    lost_worker_errors = ()  # in a single process, there are none
     with contextlib.ExitStack() as cleanup:
         if flags.distribute == "multi_worker":
             for number in (signal.SIGINT, signal.SIGTERM):
                 cleanup.callback(signal.signal, number, signal.getsignal(number))
             strategy = join_workers()
-            lost = (
+            lost_worker_errors = (
                 errors.UnavailableError,
                 errors.DeadlineExceededError,
                 errors.AbortedError,
@@ -1344,15 +1365,16 @@ def distribution_strategy(flags):
         if flags.batch_size % n_replicas:
             raise UserError(f"--batch_size {flags.batch_size} must be divisible by the {n_replicas} replicas")
         n_labelled = labelled_batch_size(flags)
-        if flags.n_labels and n_labelled % n_replicas:
+        if n_labelled % n_replicas:
             added = f"--batch_size {flags.batch_size} adds {n_labelled} labelled digits to each mini-batch"
             raise UserError(f"{added}: this number must be divisible by the {n_replicas} replicas")
         try:
             yield strategy
-            compare_workers(strategy, "ends", "")  # a worker that ends early would count as lost
+            # Waits for all workers: one that exits early would count as lost.
+            compare_workers(strategy, what="", content="")
         except (MemoryError, errors.ResourceExhaustedError) as error:
             raise UserError("out of memory: lower --n_hidden or --batch_size") from error
-        except lost as error:
+        except lost_worker_errors as error:
             message = "lost another worker: restart all of them; add --resume if an epoch was finished"
             raise UserError(message) from error
 
@@ -1392,10 +1414,11 @@ def compile_distributed_steps(network, flags, strategy):
 
     def replica_step(images, labels, indices, seed, n_steps):
         replica = tf.distribute.get_replica_context().replica_id_in_sync_group
-        share = len(indices) // n_replicas
-        own = tf.reshape(indices[: share * n_replicas], (share, n_replicas))[:, replica]
-        seed = vae.fold_in(seed, replica)
-        sgd_step(network, tf.gather(images, own), tf.gather(labels, own), seed, n_steps, flags)
+        # Every n_replicas-th digit: each replica also gets an equal part of the added labelled digits.
+        own_indices = tf.reshape(indices, (-1, n_replicas))[:, replica]
+        own_images = tf.gather(images, own_indices)
+        own_labels = tf.gather(labels, own_indices)
+        sgd_step(network, own_images, own_labels, vae.fold_in(seed, replica), n_steps, flags)
 
     def train_steps(images, labels, batches, epoch, first, last):
         for step in tf.range(first, last):
@@ -1431,11 +1454,10 @@ def compare_workers(strategy, what, content):
         raise UserError(f"--distribute multi_worker: the workers have different {what}")
 
 
-def device_name():
-    """Returns what the network is trained on."""
-    gpus = tf.config.list_logical_devices("GPU")
-    if gpus:
-        return f"GPUs: {len(gpus)}"
+def device_name(strategy):
+    """Returns what the network is trained on, as text."""
+    if tf.config.list_logical_devices("GPU"):
+        return f"GPUs: {strategy.num_replicas_in_sync}"
     hint = ' (for the GPU: pip install "tensorflow[and-cuda]")' if Path("/dev/nvidia0").exists() else ""
     return f"CPU, {os.cpu_count()} threads{hint}"
 
@@ -1485,8 +1507,8 @@ def list_runs(paths):
     """Returns the folders in a list of paths and of patterns such as results/run*, in natural order."""
     folders = set()
     for path in paths:
-        is_pattern = not path.exists()  # which no shell has expanded, as in Windows
-        matches = list(path.parent.glob(path.name)) if is_pattern else []
+        # On Windows, the shell leaves patterns as they are. A path that exists is not a pattern.
+        matches = [] if path.exists() else list(path.parent.glob(path.name))
         folders.update(matches or [path])
     return sorted(folders, key=natural_order)
 
@@ -1506,8 +1528,8 @@ def compare(flags):
     log(comparison_table(groups, differing))
     labels = []
     for group in groups:
-        setting = [f"{name} {group[0].setting.get(name)}" for name in differing]
-        labels.append(", ".join(setting or [group[0].folder.name]))
+        setting = [f"{name} {setting_cell(group[0], name)}" for name in differing]
+        labels.append(setting or [group[0].folder.name])
     import plot_utils  # needs no TensorFlow
 
     content = plot_utils.draw_comparison(groups, labels)
@@ -1517,7 +1539,7 @@ def compare(flags):
 
 
 def group_seeds(runs):
-    """Returns lists of runs that differ in nothing but the seed; of equal seeds, the first run."""
+    """Returns lists of runs that differ in nothing but the seed; of several with the same seed, the first."""
     groups = {}
     for run in runs:
         runs_by_seed = groups.setdefault(json.dumps(run.setting), {})
@@ -1542,7 +1564,7 @@ def comparison_table(groups, differing):
     for group in groups:
         first = group[0]
         row = [", ".join(run.folder.name for run in group)]
-        row += [str(first.setting.get(name, "")) for name in settings]
+        row += [setting_cell(first, name) for name in settings]
         row.append(mean_and_spread([run.history[-1]["valid_elbo"] for run in group]))
         row += [mean_and_spread([run.metrics.get(name) for run in group]) for name in metrics.values()]
         seconds = np.median([epoch["seconds"] for run in group for epoch in run.history])
@@ -1554,6 +1576,12 @@ def comparison_table(groups, differing):
         lines.append("  ".join(cells).rstrip())
     lines.append("±: standard deviation over seeds; for a single run, standard error over digits")
     return "\n".join(lines)
+
+
+def setting_cell(run, name):
+    """Returns a setting of a run as text."""
+    value = run.setting.get(name)
+    return "default" if value is None else str(value)
 
 
 def log_px_cell(group):
@@ -1604,7 +1632,10 @@ def explore(flags, load_tensorflow):
 
 
 def functions_to_explore(network):
-    """Returns the compiled functions that an Explorer calls."""
+    """Returns decode(z, labels), compiled, and examine(ink), which evaluates a hand-drawn digit.
+
+    examine returns its latent mean, reconstruction, ELBO and predicted label (-1 without a classifier).
+    """
     decode = tf.function(network.decode, jit_compile=True)
 
     @tf.function(jit_compile=True)
@@ -1628,7 +1659,10 @@ def functions_to_explore(network):
 
 
 def import_tensorflow(flags=None):
-    """Imports TensorFlow and the scripts that need it. In another program, its settings stay as they are."""
+    """Imports TensorFlow and the scripts that need it, for a program that has its own settings.
+
+    flags are ignored: `run` calls this function or `start_tensorflow`.
+    """
     global keras, plot_utils, tf, vae
     import keras
     import tensorflow as tf
@@ -1642,9 +1676,9 @@ def import_tensorflow(flags=None):
 
 
 def start_tensorflow(flags):
-    """Does the same in a process of our own: ignores Keras' configuration and hides start-up messages."""
+    """Imports them for run_main.py as a program: ignores Keras' configuration, hides start-up messages."""
     os.environ |= {"KERAS_BACKEND": "tensorflow", "KERAS_HOME": os.devnull, "TF_USE_LEGACY_KERAS": "0"}
-    os.environ["TF_DETERMINISTIC_OPS"] = "1"  # or a GPU would give other bits in every run
+    os.environ["TF_DETERMINISTIC_OPS"] = "1"  # otherwise, results on a GPU would differ from run to run
     # That also disables autotuning, without which Triton's matrix products are up to ten times slower than
     # cuBLAS'.
     os.environ["XLA_FLAGS"] = f"--xla_gpu_enable_triton_gemm=false {os.environ.get('XLA_FLAGS', '')}"
@@ -1659,7 +1693,7 @@ def start_tensorflow(flags):
     gc.enable()
 
 
-# Start-up messages that no setting suppresses. That there is no GPU is not an error.
+# Drops start-up messages that no setting suppresses, such as the error (E) that a machine has no GPU.
 STDERR_FILTER = r"""
 import re, sys
 for line in sys.stdin:
@@ -1717,12 +1751,12 @@ if __name__ == "__main__":
         # Closed: without this, TensorFlow's messages would go into whatever file gets its number.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         sys.stderr = os.fdopen(2, "w")
-    # A notebook exports its own backend, which another Python may lack; others matter only for a window.
+    # MPLBACKEND matters only for the window of --explore. One that a notebook exports may not exist here.
     if not any(argument.startswith("--explore") for argument in sys.argv):
         os.environ["MPLBACKEND"] = "agg"
     elif os.environ.get("MPLBACKEND", "").startswith("module://"):
         del os.environ["MPLBACKEND"]
     for stream in (sys.stdout, sys.stderr):
-        if stream:  # it may not be able to encode the name of a file
-            stream.reconfigure(errors="backslashreplace")
+        if stream:  # None if closed
+            stream.reconfigure(errors="backslashreplace")  # a file's name may contain what it cannot encode
     sys.exit(main(load_tensorflow=start_tensorflow))

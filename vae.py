@@ -54,7 +54,8 @@ def uniform(shape, seed, stream):
 def fold_in(seed, number):
     """Returns a new seed that depends on both.
 
-    tf.random.fold_in, without the seed's sign: XLA and eager execution fold a negative seed differently.
+    tf.random.fold_in, after clearing the sign bits of the seed: XLA and eager execution fold a negative seed
+    differently.
     """
     return tf.random.fold_in(tf.bitwise.bitwise_and(seed, 2**31 - 1), number)
 
@@ -92,7 +93,7 @@ def reparameterize(mean, log_var, seed, stream=Stream.LATENT):
 
 
 def dropout(h, keep_prob, seed, layer):
-    """Zeros each unit of h: (batch, ...) with probability 1 - keep_prob; divides the others by keep_prob.
+    """Zeros each unit of h, (batch, ...), with probability 1 - keep_prob; divides the others by keep_prob.
 
     This preserves the mean (Srivastava et al. 2014). keep_prob may be a tensor that changes during training.
     If keep_prob is None (in evaluation) or the number 1, h is returned unchanged. layer: the layer's number,
@@ -238,7 +239,10 @@ class Likelihood(Density):
     is_binary = False  # whether pixels are black or white, as --binarize needs; then `sample` draws them
 
     def log_prob_table(self, x, logits):
-        """log p(x|z) in nats, (n, m), of each of x: (n, n_pixels) given each row of logits: (m, n_pixels)."""
+        """log p(x|z) in nats, (n, m), of every image in x, (n, n_pixels), given every row of logits.
+
+        logits: (m, n_pixels).
+        """
 
         def log_probs_of(image):
             return self.log_prob(tf.broadcast_to(image, tf.shape(logits)), logits)
@@ -276,7 +280,7 @@ class Bernoulli(Likelihood):
         return binarize(tf.sigmoid(logits), seed)
 
     def initial_output_bias(self, mean_image):
-        """The biases that output mean_image, clipped so that always-black pixels get finite logits."""
+        """Returns the logits of mean_image, clipped so that those of always-black pixels are finite."""
         pixels = np.clip(mean_image, 0.001, 0.999)
         return np.log(pixels / (1 - pixels))
 
@@ -366,12 +370,13 @@ class VAE(keras.Model):
     seed: a non-negative integer that determines the initial weights, and the random numbers of Keras' `fit`
     and of `sample` without a seed.
 
-    Encoder and decoder get the labels, (batch,) integers or None, for models with a condition; here they
-    ignore them. keep_prob is that of dropout in training, and None in evaluation.
+    Encoder and decoder get the labels, (batch,) integers or None, for the sake of conditional models; here
+    they ignore them. keep_prob is the keep probability of dropout, None in evaluation.
     """
 
-    # Initial biases of the decoder's first layer, in standard deviations of its weights. With 0, all of its
-    # units would change sign at the origin of the latent plane: 1.5 nats worse after 6 epochs.
+    # Standard deviation of the initial biases of the decoder's first layer, relative to that of its weights.
+    # With 0, all of its units would change sign at the origin of the latent plane: 1.5 nats worse after 6
+    # epochs.
     decoder_bias_scale = 2.0
     has_log_joint = True  # whether the decoder depends on z alone, so that log p(x, z) can be computed
     has_classes = False  # whether the decoder needs a class beside z
@@ -584,12 +589,15 @@ class VAE(keras.Model):
         return log_sum_of_weights - math.log(n_importance), effective_sample_size
 
     def log_joint(self, x, z):
-        """log p(x, z) in nats, (n, m), of each of x: (n, n_pixels) with each of z: (m, dim_z)."""
+        """log p(x, z) in nats, (n, m), of every image in x, (n, n_pixels), with every z: (m, dim_z)."""
         z = as_float32(z)
         return self.likelihood.log_prob_table(as_float32(x), self.decoder(z)) + self.prior.log_prob(z)
 
     def kl_per_unit(self, q):
-        """KL[q(z|x) || p(z)] of each latent dimension, (batch, dim_z); None unless q and p are Gaussian."""
+        """KL[q(z|x) || p(z)] of each latent dimension, (batch, dim_z).
+
+        None unless q is the diagonal Gaussian and p is N(0, I).
+        """
         if type(self.prior) is StandardNormal and type(self.posterior) is GaussianPosterior:
             return self.prior.kl_per_unit(*q)
         return None
@@ -598,8 +606,9 @@ class VAE(keras.Model):
         """log p(x) in nats, (n,), by quadrature over the latent plane, for dim_z 2.
 
         mean, log_var: (n, 2), the moments of q(z|x). The grid covers at least [-5, 5] and six standard
-        deviations around every mean. Its spacing is the smallest standard deviation, at most 0.05, with no
-        more than 1,001 points on an axis. The sum is accurate if p(z|x) is no narrower than the spacing.
+        deviations around every mean. Its spacing is the smallest standard deviation or 0.05, whichever is
+        smaller, but large enough for at most about 1,000 points on an axis. The sum is accurate if p(z|x) is
+        no narrower than the spacing.
         progress(columns) iterates over the grid's columns, and may show how many are done.
         """
         std = np.exp(np.asarray(log_var) / 2)
@@ -691,8 +700,8 @@ class ClippedSGD(keras.optimizers.SGD):
 class Convolutional(VAE):
     """The lecture's model with two convolutions in the encoder and two transposed ones in the decoder.
 
-    Next to z, both have a dense hidden layer, too: encoder_3 and decoder_1. Without these, SGD reached an
-    ELBO of only -151.9 in 17 epochs.
+    Next to z, each of the two also has a dense hidden layer, encoder_3 and decoder_1. Without these, SGD
+    reached an ELBO of only -151.9 in 17 epochs.
     """
 
     def encoder_layers(self):
@@ -712,7 +721,7 @@ class Convolutional(VAE):
             hidden_layer(side * side * 32, "elu", name="decoder_2"),
             keras.layers.Reshape((side, side, 32)),
             strided_layer(keras.layers.Conv2DTranspose, 16, "decoder_3"),
-            # Few channels, because the output layer is dense: it has 784 weights for each of their pixels.
+            # Few channels, because the output layer is dense: each pixel of each channel costs 784 weights.
             strided_layer(keras.layers.Conv2DTranspose, 2, "decoder_4"),
             keras.layers.Flatten(),
         ]
@@ -747,9 +756,9 @@ class IWAE(VAE):
 
 
 def importance_weighted_loss(log_px_given_z, log_ratio, kl_weight):
-    """Returns -L_k with log [p(z) / q(z|x)] times kl_weight, and two terms to log: (batch,) each.
+    """Returns -L_k, with log [p(z) / q(z|x)] multiplied by kl_weight, and two terms to log: (batch,) each.
 
-    The terms add up to -L_k without that weight. The first is the reconstruction error, averaged over the
+    The two terms add up to the unweighted -L_k. The first is the reconstruction error, averaged over the
     samples with their normalized weights. log_px_given_z, log_ratio: what `VAE.importance_terms` returns.
     """
     n_samples = log_px_given_z.shape[0]
@@ -761,7 +770,7 @@ def importance_weighted_loss(log_px_given_z, log_ratio, kl_weight):
 
 
 class GaussianPixels(Likelihood):
-    """p(x|z) = N(x; sigmoid(logits), std^2 I) with a trained std: a density, unlike Bernoulli."""
+    """p(x|z) = N(x; sigmoid(logits), std^2 I) with a trained std: a density, so its log may be positive."""
 
     def __init__(self):
         super().__init__()
@@ -794,9 +803,10 @@ class GaussianPixels(Likelihood):
 class LeastSquares(VAE):
     """Least squares: Ramachandra, arXiv:1707.03134 (only the abstract was available to us).
 
-    Read here as Gaussian pixels in place of Bernoulli ones, with the KL divergence as the regularization.
-    The reconstruction error is sum (x - x^)^2 / (2 std^2) + n_pixels/2 log(2 pi std^2). Because std is
-    trained, no weight has to be chosen, as in the sigma-VAE (Rybkin et al. 2021).
+    Interpreted here as Gaussian pixels in place of Bernoulli ones, with the KL divergence as the
+    regularization. The reconstruction error is sum (x - mean)^2 / (2 std^2) + n_pixels/2 log(2 pi std^2),
+    with mean = sigmoid(logits). Because std is trained, no weight has to be chosen, as in the sigma-VAE
+    (Rybkin et al. 2021).
     """
 
     def make_likelihood(self):
@@ -832,7 +842,7 @@ class StickBreaking(VAE):
 
 
 class LadderSample(NamedTuple):
-    """Samples of both layers of a ladder, (n, batch, ...), and the Gaussians (mean, log_var) around them."""
+    """Samples of both layers of a ladder, (n, batch, ...), and the (mean, log_var) of their Gaussians."""
 
     z_1: tf.Tensor
     q_1: tuple  # q(z_1|z_2, x)
@@ -993,7 +1003,7 @@ class Stein(VAE):
     """
 
     FITTED = 64
-    FITTED_SEED = (-1, -1)  # no epoch has this number, so training never draws these particles
+    FITTED_SEED = (-1, -1)  # training uses other seeds, so it never draws these particles
 
     def __init__(self, *arguments, n_samples=20, **options):
         self.n_samples = n_samples
@@ -1090,7 +1100,10 @@ class Labels(VAE):
         return reconstruction + kl_weight * kl + self.HINGE_WEIGHT * hinge, reconstruction, kl
 
     def hinge_loss(self, scores, labels):
-        """Returns the hinge loss of each image, (batch,), summed over the classes; scores: (batch, 10)."""
+        """Returns the hinge loss, summed over the classes and scaled by `mean_over_labelled`: (batch,).
+
+        scores: (batch, 10).
+        """
         signs = 2 * tf.one_hot(labels, N_CLASSES) - 1
         hinge = tf.reduce_sum(tf.nn.relu(1 - signs * scores), axis=-1)
         return mean_over_labelled(hinge, labels)
@@ -1120,14 +1133,15 @@ class Conditional(VAE):
     label is unknown, sum_y q(y|x) ELBO(x, y) + H[q(y|x)] bounds log p(x) (equation 7). Labelled images also
     train the classifier (equation 9).
 
-    n_labels: how many images of each class are labelled. None: all of them, so that no label may be -1;
-    training is then ten times as fast.
+    n_labels: how many images of each class are labelled. None: all. Then no label may be -1, and training is
+    ten times as fast.
     """
 
     has_log_joint = False  # p(x|z) would be a sum over the classes
     has_classes = True
     decoder_bias_scale = 0.0  # the weights of the classes act as random biases
-    # alpha, as HINGE_WEIGHT. The paper's alpha, 0.1 N for a sum over N images, would be 0.1 here.
+    # alpha, which has the value of Labels.HINGE_WEIGHT. The paper's, 0.1 N for a sum over N images, would be
+    # 0.1 here.
     CLASSIFIER_WEIGHT = 80.0
 
     def __init__(self, *arguments, n_labels=None, **options):
@@ -1153,7 +1167,7 @@ class Conditional(VAE):
         return self.classifier_output(h)
 
     def encoder(self, x, labels=None, *, keep_prob=None, seed=None):
-        """q(z|x, y): returns mean and log_var, (batch, dim_z) each. Without labels, y is found by q(y|x).
+        """q(z|x, y): returns mean and log_var, (batch, dim_z) each. Without labels, `classify` finds y.
 
         No label may be -1 here; `encode` and `reconstruct` allow that.
         """

@@ -1,14 +1,14 @@
-"""Makes the folders of results/ and the tables in results/README.md, from the commands that stand there.
+"""Makes the folders of results/ from the commands in EXPERIMENTS, and the tables in results/README.md.
 
     python results/gallery.py                 makes the folders that are missing or out of date
-    python results/gallery.py --only NAME     only these folders
-    python results/gallery.py --stale         lists these; exits with 1 if there are any
+    python results/gallery.py --only NAME     makes only this one
+    python results/gallery.py --stale         lists folders that are to be made; exits with 1 if there are any
     python results/gallery.py --tables        only writes the tables
 
 It takes hours. It can be interrupted: finished runs are kept, and an interrupted one is resumed. Runs are in
 results/gallery_runs; the files to publish are copied from there, without networks and checkpoints. A folder
-is out of date if its command or mnist_data.py has changed, or vae.py as far as the model uses it; docstrings
-and comments do not count. Changes to run_main.py, such as to the training recipe, are not noticed.
+is out of date if its command, mnist_data.py or vae.py has changed; docstrings, comments and the classes of
+other models in vae.py do not count. Changes to run_main.py, such as to the training recipe, are not noticed.
 """
 
 import argparse
@@ -49,7 +49,7 @@ class Experiment:
 
     @property
     def commands(self):
-        """The flags of each command, without those of seed and folder."""
+        """The flags of each command, without --seed and --results_path."""
         return [self.flags, f"--resume {self.continuation}"] if self.continuation else [self.flags]
 
     def record(self):
@@ -82,7 +82,7 @@ class Experiment:
 
 
 def other_models(model):
-    """Returns the names of the models' classes that a model's own is not derived from."""
+    """Returns the class names of all models except a model's own and those that it is derived from."""
     bases = {}
     for node in ast.parse(Path(run_main.__file__).with_name("vae.py").read_bytes()).body:
         if isinstance(node, ast.ClassDef) and node.bases:
@@ -100,7 +100,7 @@ DIGITS = ("input.png", "reconstruction.png", "samples.png", "interpolation.png")
 SAMPLES = ("reconstruction.png", "samples.png")
 LONG = "--num_epochs 60 --n_importance 1000"
 BINARIZED = "--binarize --keep_prob 1"
-LIKELIHOOD = "--n_importance 5000"
+LOG_PX_FLAGS = "--n_importance 5000"
 LABELS = "--model labels --optimizer adam --augment"
 CONDITIONAL = "--model conditional --dim_z 5 --augment --num_epochs 3"
 
@@ -128,30 +128,34 @@ EXPERIMENTS = [
     Experiment("labels_300", f"{LABELS} --dim_z 20 --num_epochs 5 --n_labels 300"),
     Experiment("conditional_10", f"{CONDITIONAL} --n_labels 10", ("classes.png", "analogies.png")),
     Experiment("conditional_300", f"{CONDITIONAL} --n_labels 300"),
-    Experiment("binarized", f"{BINARIZED} --dim_z 50 --num_epochs 100 {LIKELIHOOD}", SAMPLES, 1),
+    Experiment("binarized", f"{BINARIZED} --dim_z 50 --num_epochs 100 {LOG_PX_FLAGS}", SAMPLES, n_seeds=1),
     Experiment(
-        "binarized_adam", f"{BINARIZED} --dim_z 50 --num_epochs 100 --optimizer adam {LIKELIHOOD}", n_seeds=1
+        "binarized_adam",
+        f"{BINARIZED} --dim_z 50 --num_epochs 100 --optimizer adam {LOG_PX_FLAGS}",
+        n_seeds=1,
     ),
-    Experiment("iwae", f"{BINARIZED} --model iwae --dim_z 50 --num_epochs 150 {LIKELIHOOD}", SAMPLES, 1),
+    Experiment(
+        "iwae", f"{BINARIZED} --model iwae --dim_z 50 --num_epochs 150 {LOG_PX_FLAGS}", SAMPLES, n_seeds=1
+    ),
     Experiment(
         "iwae_50",
         f"{BINARIZED} --model iwae --dim_z 50 --num_epochs 150",
         SAMPLES,
-        1,
-        f"--n_samples 50 --num_epochs 190 {LIKELIHOOD}",
+        n_seeds=1,
+        continuation=f"--n_samples 50 --num_epochs 190 {LOG_PX_FLAGS}",
     ),
     Experiment(
         "ladder",
         f"{BINARIZED} --model ladder --dim_z 32 --optimizer adam --warm_up 100 --num_epochs 200",
         ("layers.png", "samples.png"),
-        1,
-        f"--n_samples 5 --num_epochs 250 {LIKELIHOOD}",
+        n_seeds=1,
+        continuation=f"--n_samples 5 --num_epochs 250 {LOG_PX_FLAGS}",
     ),
     Experiment(
         "stick_breaking",
-        f"{BINARIZED} --model stick_breaking --dim_z 50 --num_epochs 100 {LIKELIHOOD}",
+        f"{BINARIZED} --model stick_breaking --dim_z 50 --num_epochs 100 {LOG_PX_FLAGS}",
         ("samples.png",),
-        1,
+        n_seeds=1,
     ),
 ]
 
@@ -167,6 +171,7 @@ def make(experiment, seed):
         shutil.rmtree(ROOT / folder, ignore_errors=True)  # a run of other code or commands
         write_json(record_file, experiment.record())
     for command in experiment.commands:
+        # A finished last command is run again: it may have been interrupted while it evaluated or drew.
         n_trained = max(run_main.checkpoint_files(ROOT / folder), default=0)
         flags = shlex.split(command)
         is_last = command == experiment.commands[-1]
@@ -181,7 +186,7 @@ def make(experiment, seed):
 
 
 def publish(experiment, seed):
-    """Copies what is published of a run, with the record of what made it, in place of all earlier files."""
+    """Copies a run's published files and the record of what made it, in place of all earlier files."""
     folder = experiment.folder(seed)
     folder.mkdir(exist_ok=True)
     for file in folder.iterdir():
@@ -228,7 +233,7 @@ def seeds_cell(experiment, metrics):
 def mean_and_error(name, digits=2, factor=1):
     """Returns a column: the mean of a metric over the seeds, and its standard error.
 
-    For an experiment with one seed, it is that over the test digits, if it was recorded.
+    For an experiment with one seed, the standard error is that over the test digits, if it was recorded.
     """
 
     def cell(experiment, metrics):
@@ -253,7 +258,7 @@ def units_cell(experiment, metrics):
     return " and ".join(str(metrics[0][name]) for name in names if metrics and name in metrics[0])
 
 
-ROW = {"flags": flags_cell, "folder": folder_cell, "seeds": seeds_cell}
+FIRST_COLUMNS = {"flags": flags_cell, "folder": folder_cell, "seeds": seeds_cell}
 ELBO = {"test ELBO": mean_and_error("test_elbo")}
 LOG_PX = {"log p(x)": mean_and_error("test_log_px")}
 QUADRATURE = {"log p(x) by quadrature": mean_and_error("test_log_px_grid")}
@@ -261,7 +266,7 @@ TERMS = {"reconstruction error": mean_and_error("test_reconstruction"), "KL": me
 PSNR = {"PSNR of the reconstructions, dB": mean_and_error("psnr_reconstruction")}
 NOISE = {
     "PSNR of noisy digits, dB": mean_and_error("psnr_noisy"),
-    "of restored ones": mean_and_error("psnr_restored"),
+    "PSNR of restored ones, dB": mean_and_error("psnr_restored"),
 }
 ERROR = {"test error, %": mean_and_error("test_error", factor=100)}
 UNITS = {"active units": units_cell}
@@ -269,24 +274,24 @@ UNITS = {"active units": units_cell}
 TABLES = [
     Table(
         "Grey levels, the lecture's network",
-        ROW | ELBO | LOG_PX | QUADRATURE | PSNR,
+        FIRST_COLUMNS | ELBO | LOG_PX | QUADRATURE | PSNR,
         "slides no_dropout_2 dim_z_2 dim_z_5 dim_z_10 dim_z_20 vae_20 no_dropout_20",
     ),
-    Table("Noise", ROW | ELBO | NOISE, "denoising"),
+    Table("Noise", FIRST_COLUMNS | ELBO | NOISE, "denoising"),
     Table(
         "Grey levels, other models",
-        ROW | ELBO | TERMS | QUADRATURE | PSNR,
+        FIRST_COLUMNS | ELBO | TERMS | QUADRATURE | PSNR,
         "vae_2 convolutional_2 iwae_2 least_squares_2 stick_breaking_2 stein_2"
         " vae_20 convolutional_20 least_squares_20",
     ),
     Table(
         "Labels",
-        ROW | ELBO | ERROR,
+        FIRST_COLUMNS | ELBO | ERROR,
         "labels_10 conditional_10 labels_300 conditional_300 labels_2 conditional_2",
     ),
     Table(
         "Binarized digits",
-        ROW | ELBO | LOG_PX | UNITS,
+        FIRST_COLUMNS | ELBO | LOG_PX | UNITS,
         "binarized binarized_adam iwae iwae_50 ladder stick_breaking",
     ),
 ]
@@ -327,8 +332,10 @@ def main():
     """Does what the flags ask for; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     names = [experiment.name for experiment in EXPERIMENTS]
-    parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", default=names, help="folders")
-    parser.add_argument("--stale", action="store_true", help="list what is missing or out of date")
+    parser.add_argument(
+        "--only", nargs="+", choices=names, metavar="NAME", default=names, help="make only these folders"
+    )
+    parser.add_argument("--stale", action="store_true", help="list folders that are missing or out of date")
     parser.add_argument("--tables", action="store_true", help="only write the tables")
     arguments = parser.parse_args()
     stale = []

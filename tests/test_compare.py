@@ -119,7 +119,7 @@ def test_picture_has_a_curve_per_row_and_the_runs_own_pictures(runs, monkeypatch
     figures = []
     monkeypatch.setattr(plot_utils, "file_content", lambda save, **options: figures.append(save.__self__))
     recorded = [run_main.read_run(runs / name) for name in ("run1", "run2", "wide")]
-    plot_utils.draw_comparison([recorded[:2], recorded[2:]], ["two", "one"])
+    plot_utils.draw_comparison([recorded[:2], recorded[2:]], [["two", "more"], ["one"]])
     curves, *pictures = figures[0].axes
     two, one = curves.lines
     elbos = np.array([[row["valid_elbo"] for row in run.history] for run in recorded])
@@ -127,10 +127,11 @@ def test_picture_has_a_curve_per_row_and_the_runs_own_pictures(runs, monkeypatch
     np.testing.assert_allclose(one.get_ydata(), elbos[2])
     band = curves.collections[0].get_paths()[0].vertices[:, 1]
     assert (band.min(), band.max()) == pytest.approx((elbos[:2].min(), elbos[:2].max()))
-    assert [text.get_text() for text in curves.get_legend().get_texts()] == ["two (2 seeds)", "one"]
+    assert [text.get_text() for text in curves.get_legend().get_texts()] == ["two, more (2 seeds)", "one"]
     shown = ["run1/reconstruction.png", "wide/reconstruction.png", "run1/samples.png", "wide/samples.png"]
     shown += ["run1/manifold.png", "wide/latent_map.png"]
-    assert [axes.get_title().splitlines()[1] for axes in pictures] == shown
+    assert [axes.get_title().splitlines()[-1] for axes in pictures] == shown
+    assert pictures[0].get_title().splitlines()[:-1] == ["two", "more"]
     for axes, name in zip(pictures, shown, strict=True):
         expected = np.asarray(Image.open(runs / name).convert("RGB"))
         np.testing.assert_array_equal(axes.images[0].get_array(), expected)

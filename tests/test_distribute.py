@@ -123,7 +123,7 @@ def test_resume_after_losing_each_worker_is_bitwise_reproducible(program, one_pr
     lose_worker(program, resumed, FLAGS, lost=1)
     lose_worker(program, resumed, ["--resume"], lost=0)
     output = wait_for_success(start_workers(program, resumed, "--resume"))
-    assert "taking the state after epoch" in output
+    assert "using the state after epoch" in output
 
     log = log_without_seconds(undisturbed)
     assert log_without_seconds(resumed) == log

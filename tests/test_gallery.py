@@ -38,7 +38,9 @@ def gallery(tmp_path, monkeypatch):
         ),
     ]
     monkeypatch.setattr(module, "EXPERIMENTS", experiments)
-    monkeypatch.setattr(module, "TABLES", [module.Table("A table", module.ROW | module.ELBO, "one two")])
+    monkeypatch.setattr(
+        module, "TABLES", [module.Table("A table", module.FIRST_COLUMNS | module.ELBO, "one two")]
+    )
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "README.md").write_text(f"before\n{module.BEGIN}\nold\n{module.END}\nafter\n")
     return module

@@ -123,6 +123,7 @@ def assert_refused(run, folder, capsys, flags=(), words=()):
         ("--add_noise", "--add_noise True False"),
         ("--seed 1", "--seed 1 0"),
         ("--num_epochs 2", "--num_epochs 3"),
+        ("--learn_rate 0.01", "--learn_rate --num_epochs 3"),
         ("--num_epochs 101", "--num_epochs 100 or fewer --animate"),
         ("--animate False", "--animate False True"),
         ("--overwrite", "--resume --overwrite"),
