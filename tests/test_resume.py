@@ -128,8 +128,8 @@ def assert_refused(run, folder, capsys, flags=(), words=()):
         ("--animate False", "--animate False True"),
         ("--overwrite", "--resume --overwrite"),
         ("--load {folder}", "--resume --load"),
-        ("--n_generate 3", "generated.npz --overwrite"),
-        ("--reconstruct mine.npy", "reconstructed.png --overwrite"),
+        ("--n_generate 3", "generated.npz move"),
+        ("--reconstruct mine.npy", "reconstructed.png move"),
     ],
 )
 def test_resume_refuses_conflicting_flags_by_name(run, copy, capsys, line, words):
