@@ -477,7 +477,7 @@ class ContinuousBernoulli(Likelihood):
 
 
 def test_another_likelihood(base, capsys, program):
-    """Gaussian pixels, whose mean is the decoder's output as it is."""
+    """Gaussian pixels, whose mean is the decoder's output itself."""
     program.insert("vae.py", FIXED_GAUSSIAN, before="# --- The network -")
     program.replace("vae.py", RETURN_BERNOULLI, RETURN_BERNOULLI.replace("Bernoulli", "Gaussian"))
     program.start()
@@ -667,7 +667,7 @@ def test_convolutions(base, capsys, program):
 
 
 def test_two_runs_with_layers_without_a_seed(program):
-    """The same flags give the same bits, and a process that is not the program's own stays as it was."""
+    """The same flags give the same bits, and a process that only imports the program keeps its random state."""
     new_layer = 'keras.layers.Dense(16, "tanh", name="encoder_3"),'
     program.replace("vae.py", ENCODER_2, f"{ENCODER_2}\n            {new_layer}")
     program.start()

@@ -389,7 +389,7 @@ def enlarge(layers):
 
 
 def random_digits(n_pixels):
-    """Returns Digits with 60 test digits, whose labels are 0 to 9, again and again."""
+    """Returns Digits with 60 test digits, whose labels go through 0 to 9 six times."""
     x, x_corrupted = np.random.default_rng(0).random((2, 60, n_pixels)).astype(np.float32)
     return digits_of(x, x_corrupted, np.arange(60) % 10)
 
