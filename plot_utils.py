@@ -45,7 +45,7 @@ N_CLASSES = len(COLOURS)
 
 @matplotlib.style.context("default")  # whatever matplotlibrc says
 def draw(state, digits, flags, measured=None, names=None):
-    """Returns {file name: bytes} of the pictures that the flags ask for or, given names, of those among them.
+    """Returns the pictures that the flags ask for, {file name: bytes}, or of these only the named ones.
 
     measured: the measurements of each test digit after training, {name: (n, ...)}.
     """
@@ -581,8 +581,8 @@ def png(pixels):
 def draw_comparison(groups, labels):
     """PNG of validation curves and, below, of the pictures in the runs' folders.
 
-    The runs of a group differ by the seed alone: the curve is their mean, the band their range. A group's
-    label is a list of its settings.
+    The runs of a group differ by the seed alone: the curve is their mean, the band their range. labels: for
+    each group, the list of settings that tell it from the others, or else the name of its folder.
     """
     rows = [("reconstruction.png",), ("samples.png",), ("classes.png", "manifold.png", "latent_map.png")]
     n = len(groups)
@@ -610,7 +610,8 @@ def draw_comparison(groups, labels):
             file = next((file for file in files if file.exists()), None)
             if file:
                 axes.imshow(Image.open(file).convert("RGB"))
-                lines = [*labels[j], f"{file.parent.name}/{file.name}"]  # columns are narrow
+                # A line per setting, because columns are narrow.
+                lines = [*labels[j], f"{file.parent.name}/{file.name}"]
                 axes.set_title("\n".join(lines), fontsize="small", parse_math=False)
     return file_content(figure.savefig, format="png")
 
@@ -721,9 +722,8 @@ class Explorer:
         stroke = point - start
         centres = np.arange(PAPER_SIDE) + 0.5
         from_start = grid_points(centres, centres).reshape(PAPER_SIDE, PAPER_SIDE, 2) - start
-        along = np.clip(
-            from_start @ stroke / max(stroke @ stroke, 1e-9), 0, 1
-        )  # 0 at its start, 1 at its end
+        # Each pixel's nearest point of the stroke: 0 at its start, 1 at its end.
+        along = np.clip(from_start @ stroke / max(stroke @ stroke, 1e-9), 0, 1)
         distance = np.linalg.norm(from_start - along[..., np.newaxis] * stroke, axis=-1)
         self.ink = np.maximum(self.ink, np.clip(PEN_RADIUS + 1 - distance, 0, 1))
         self.pen = point

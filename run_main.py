@@ -991,8 +991,8 @@ def check_folders(flags):
     if flags.resume and flags.num_epochs == n_epochs:
         recorded = recorded_flags(folder)
         for name in ("n_samples", "learn_rate"):
-            if getattr(flags, name) != recorded[name]:
-                raise UserError(f"--{name} cannot change: all {n_epochs} epochs are done; add --num_epochs")
+            if recorded.get(name) not in (None, getattr(flags, name)):
+                raise UserError(f"--{name} cannot change: all {n_epochs} epochs are done; raise --num_epochs")
     for name, flag_name in NEVER_REPLACED.items():
         if name in names and getattr(flags, flag_name) and not flags.overwrite:
             remedy = "move it" if flags.resume else "move it, or add --overwrite"
@@ -1209,9 +1209,9 @@ def read_checkpoint(file):
 
 
 def restore_state(state, folder):
-    """Restores the newest undamaged checkpoint in a run's folder. If no epoch was finished, changes nothing.
+    """Restores the newest undamaged checkpoint in a run's folder; changes nothing if no epoch was finished.
 
-    UserError if all checkpoints are damaged or missing.
+    UserError if all checkpoints are damaged, or none is left although log.csv exists.
     """
     damage = []
     for file in reversed(checkpoint_files(folder).values()):
@@ -1579,9 +1579,9 @@ def comparison_table(groups, differing):
 
 
 def setting_cell(run, name):
-    """Returns a setting of a run as text."""
+    """Returns a setting of a run as text; "-" if the run has none, such as n_samples of --model vae."""
     value = run.setting.get(name)
-    return "default" if value is None else str(value)
+    return "-" if value is None else str(value)
 
 
 def log_px_cell(group):
@@ -1661,7 +1661,7 @@ def functions_to_explore(network):
 def import_tensorflow(flags=None):
     """Imports TensorFlow and the scripts that need it, for a program that has its own settings.
 
-    flags are ignored: `run` calls this function or `start_tensorflow`.
+    flags: not used here; `start_tensorflow`, which can take the place of this function, needs them.
     """
     global keras, plot_utils, tf, vae
     import keras
@@ -1676,7 +1676,7 @@ def import_tensorflow(flags=None):
 
 
 def start_tensorflow(flags):
-    """Imports them for run_main.py as a program: ignores Keras' configuration, hides start-up messages."""
+    """Imports TensorFlow for run_main.py itself: ignores Keras' configuration, hides start-up messages."""
     os.environ |= {"KERAS_BACKEND": "tensorflow", "KERAS_HOME": os.devnull, "TF_USE_LEGACY_KERAS": "0"}
     os.environ["TF_DETERMINISTIC_OPS"] = "1"  # otherwise, results on a GPU would differ from run to run
     # That also disables autotuning, without which Triton's matrix products are up to ten times slower than

@@ -700,8 +700,8 @@ class ClippedSGD(keras.optimizers.SGD):
 class Convolutional(VAE):
     """The lecture's model with two convolutions in the encoder and two transposed ones in the decoder.
 
-    Next to z, each of the two also has a dense hidden layer, encoder_3 and decoder_1. Without these, SGD
-    reached an ELBO of only -151.9 in 17 epochs.
+    Next to z, encoder and decoder each have a dense hidden layer, too: encoder_3 and decoder_1. Without
+    these, SGD reached an ELBO of only -151.9 in 17 epochs.
     """
 
     def encoder_layers(self):

@@ -1,7 +1,7 @@
 """Makes the folders of results/ from the commands in EXPERIMENTS, and the tables in results/README.md.
 
     python results/gallery.py                 makes the folders that are missing or out of date
-    python results/gallery.py --only NAME     makes only this one
+    python results/gallery.py --only NAME ... makes only these
     python results/gallery.py --stale         lists folders that are to be made; exits with 1 if there are any
     python results/gallery.py --tables        only writes the tables
 

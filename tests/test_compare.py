@@ -113,6 +113,12 @@ def test_comparison_png_goes_to_the_next_free_folder(runs, tmp_path, monkeypatch
     assert files(tmp_path) != before
 
 
+@pytest.mark.quick
+def test_a_setting_that_a_run_does_not_have_is_a_dash(tmp_path):
+    run = run_main.RecordedRun(tmp_path, {"n_samples": None, "dim_z": 2}, 0, "", [], {})
+    assert [run_main.setting_cell(run, name) for name in ("n_samples", "vae.py", "dim_z")] == ["-", "-", "2"]
+
+
 def test_picture_has_a_curve_per_row_and_the_runs_own_pictures(runs, monkeypatch):
     import plot_utils
 

@@ -667,7 +667,7 @@ def test_convolutions(base, capsys, program):
 
 
 def test_two_runs_with_layers_without_a_seed(program):
-    """The same flags give the same bits, and a process that only imports the program keeps its random state."""
+    """The same flags give the same bits, and a program that calls this one keeps its own random state."""
     new_layer = 'keras.layers.Dense(16, "tanh", name="encoder_3"),'
     program.replace("vae.py", ENCODER_2, f"{ENCODER_2}\n            {new_layer}")
     program.start()

@@ -908,6 +908,8 @@ def test_a_run_goes_on_with_another_number_of_samples(run, tmp_path):
     assert keras.models.load_model(tmp_path / "vae.keras").n_samples == 2
     assert len(read_log(tmp_path)) == 2
     assert run_main.parse_flags([f"--load={tmp_path}"]).n_samples == 2
+    with pytest.raises(run_main.UserError, match="--n_samples cannot change"):
+        run_main.parse_flags(["--resume", f"--results_path={tmp_path}", "--n_samples=3"])
 
 
 @pytest.mark.parametrize(

@@ -128,8 +128,8 @@ def assert_refused(run, folder, capsys, flags=(), words=()):
         ("--animate False", "--animate False True"),
         ("--overwrite", "--resume --overwrite"),
         ("--load {folder}", "--resume --load"),
-        ("--n_generate 3", "generated.npz move"),
-        ("--reconstruct mine.npy", "reconstructed.png move"),
+        ("--n_generate 3", ["generated.npz", ": move it\n"]),
+        ("--reconstruct mine.npy", ["reconstructed.png", ": move it\n"]),
     ],
 )
 def test_resume_refuses_conflicting_flags_by_name(run, copy, capsys, line, words):
@@ -201,6 +201,12 @@ def test_recorded_flags_that_do_not_go_together_are_refused(run, copy, capsys):
 def test_a_run_by_a_version_with_more_flags_is_refused(run, copy, capsys):
     edit_config(copy, lambda flags: flags.update(free_nats=2.0))
     assert_refused(run, copy, capsys, words="other flags --free_nats")
+
+
+@pytest.mark.parametrize("name", ["learn_rate", "n_samples"])
+def test_a_flag_that_may_change_need_not_be_recorded(copy, name):
+    edit_config(copy, lambda flags: flags.pop(name))
+    assert run_main.parse_flags(["--resume", f"--results_path={copy}"]).num_epochs == 3
 
 
 def test_a_run_by_a_version_with_fewer_flags_is_refused(run, copy, capsys):
