@@ -914,7 +914,7 @@ def test_load_refuses_to_change_the_runs_flags(run, trained, tmp_path, capsys, l
 
 def test_load_does_not_write_into_another_runs_folder(trained, tmp_path):
     other = shutil.copytree(trained, tmp_path / "other")
-    with pytest.raises(run_main.UserError, match="holds a run: name another folder, or add --overwrite$"):
+    with pytest.raises(run_main.UserError, match=r"holds a run: name another folder, or add --overwrite$"):
         run_main.parse_flags([f"--load={trained}", f"--results_path={other}"])
 
 
