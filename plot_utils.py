@@ -461,8 +461,7 @@ def draw_elbo(data):
     dropout = "with annealed" if data.flags.keep_prob < 1 else "without"
     axes.plot(epochs, train, "o--", markersize=3, label=f"training, {dropout} dropout")
     axes.plot(epochs, valid, "o-", markersize=3, label="validation, without dropout")
-    first_shown = (len(epochs) - 1) // 5  # the first fifth would press the curves together
-    axes.set_ylim(elbo_limits(train[first_shown:] + valid[first_shown:]))
+    axes.set_ylim(elbo_limits([train, valid]))
     label_curves(axes, "ELBO, nats per image")
     return file_content(figure.savefig, format="png")
 
@@ -475,8 +474,10 @@ def label_curves(axes, ylabel):
     axes.legend(loc="lower right")
 
 
-def elbo_limits(shown):
-    """Returns the limits of an axis that shows ELBOs."""
+def elbo_limits(curves):
+    """Returns the limits of an axis that shows curves of ELBOs, lists of one value per epoch."""
+    # The first fifth of the epochs would press the curves together.
+    shown = np.concatenate([curve[(len(curve) - 1) // 5 :] for curve in curves])
     margin = 0.05 * np.ptp(shown) + 0.1
     return np.min(shown) - margin, np.max(shown) + margin
 
@@ -589,7 +590,7 @@ def draw_comparison(groups, labels):
     figure = Figure((max(8, 3 * n), 15), dpi=DPI, layout="constrained")
     grid = figure.add_gridspec(1 + len(rows), n, height_ratios=[1.5, 1, 1, 1])
     curves = figure.add_subplot(grid[0, :])
-    shown = []
+    all_elbos = []  # of each run
     for group, label in zip(groups, labels, strict=True):
         elbos = np.array([[epoch["valid_elbo"] for epoch in run.history] for run in group])
         epochs = np.arange(1, elbos.shape[1] + 1)
@@ -598,10 +599,9 @@ def draw_comparison(groups, labels):
             name += f" ({len(group)} seeds)"
         (curve,) = curves.plot(epochs, elbos.mean(axis=0), "o-", markersize=3, label=name)
         curves.fill_between(epochs, elbos.min(axis=0), elbos.max(axis=0), color=curve.get_color(), alpha=0.2)
-        first_shown = (elbos.shape[1] - 1) // 5  # as in `draw_elbo`
-        shown.append(elbos[:, first_shown:].ravel())
+        all_elbos += list(elbos)
     label_curves(curves, "validation ELBO, nats per image")
-    curves.set_ylim(elbo_limits(np.concatenate(shown)))
+    curves.set_ylim(elbo_limits(all_elbos))
     for i, names in enumerate(rows, 1):
         for j, group in enumerate(groups):
             axes = figure.add_subplot(grid[i, j])
